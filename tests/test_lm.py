@@ -1,0 +1,118 @@
+"""Oracle: transformers itself, through its own hidden_states and its own forward passes."""
+
+import pytest
+import torch
+from conftest import byte_tokenizer, tiny_network
+from torch.nn.functional import cross_entropy
+
+from tsae import lm as lms
+
+TOKENS = torch.randint(1, 257, (3, 9), generator=torch.Generator().manual_seed(1))
+TOKENS[:, 0] = 0
+
+
+def centred(lm, x):
+    return x - x.mean(-1, keepdim=True) if lm.centred else x
+
+
+def test_residuals_are_hidden_states(tiny):
+    with torch.no_grad():
+        expected = tiny.model(TOKENS, output_hidden_states=True).hidden_states
+    ours = tiny.residuals(TOKENS, [2, 0, 1])
+    assert tiny.centred == (tiny.name in ("gpt2", "gpt_neox"))
+    for layer in range(3):
+        assert torch.allclose(ours[layer], centred(tiny, expected[layer]), atol=1e-5)
+        assert torch.equal(tiny.at(layer)(TOKENS), ours[layer])
+
+
+def test_the_forward_pass_stops_after_the_layer(tiny_gpt2):
+    ran = []
+    for i, block in enumerate(tiny_gpt2.model.transformer.h):
+        block.register_forward_hook(lambda *_, i=i: ran.append(i))
+    tiny_gpt2.residuals(TOKENS, [1])
+    assert ran == [0]
+
+
+def test_unigrams_are_two_token_prompts(tiny):
+    unigrams = tiny.unigrams(1)
+    assert unigrams.shape == (257, 16)
+    with torch.no_grad():
+        one = tiny.model(torch.tensor([[0, 77]]), output_hidden_states=True).hidden_states[1][0, 1]
+    assert torch.allclose(unigrams[77], centred(tiny, one), atol=1e-5)
+
+
+def test_patching_what_was_there_changes_nothing(tiny):
+    """Also shows that centring is free: the patched stream has no mean, the model computes the same."""
+    with torch.no_grad():
+        logits = tiny.model(TOKENS).logits
+    kept = tiny.keep(TOKENS)[:, :-1]
+    expected = cross_entropy(logits[:, :-1][kept], TOKENS[:, 1:][kept], reduction="none")
+    assert torch.allclose(tiny.nats(TOKENS), expected, atol=1e-5)
+    assert torch.allclose(tiny.nats(TOKENS, 1, lambda x, t: x), expected, atol=1e-4)
+
+
+def test_patch_reaches_the_kept_positions_only(tiny_gpt2):
+    tokens = TOKENS.clone()
+    tokens[1, 4] = 0  # a special token in the middle of a row
+    seen = []
+
+    def zero(x, t):
+        seen.append((x, t))
+        return torch.zeros_like(x)
+
+    patched = tiny_gpt2.nats(tokens, 2, zero)
+    x, t = seen[0]
+    kept = tiny_gpt2.keep(tokens)
+    assert kept.sum() == 3 * 8 - 1 and not kept[:, 0].any() and not kept[1, 4]
+    assert torch.equal(t, tokens[kept]) and torch.allclose(x, tiny_gpt2.at(2)(tokens)[kept], atol=1e-6)
+    network, stream = tiny_gpt2.model, tiny_gpt2.at(2)(tokens)
+    stream[kept] = 0
+    with torch.no_grad():
+        hidden = network.transformer.h[2](stream)
+        hidden = hidden[0] if isinstance(hidden, tuple) else hidden
+        logits = network.lm_head(network.transformer.ln_f(hidden))
+    expected = cross_entropy(logits[:, :-1][kept[:, :-1]], tokens[:, 1:][kept[:, :-1]], reduction="none")
+    assert torch.allclose(patched, expected, atol=1e-4)
+    assert tiny_gpt2.mean_nats(tokens, 2, zero, batch=2) == pytest.approx(expected.mean().item(), abs=1e-4)
+
+
+def test_no_gradients_are_kept(tiny_gpt2):
+    assert not tiny_gpt2.at(1)(TOKENS).requires_grad and torch.is_grad_enabled()
+
+
+def test_load_from_a_folder_in_hub_format(model_folder):
+    folder = model_folder("llama")
+    loaded = lms.load(str(folder), device="cpu")
+    assert torch.allclose(loaded.at(2)(TOKENS), lms.LM(tiny_network("llama"), byte_tokenizer()).at(2)(TOKENS), atol=1e-5)
+
+
+@pytest.mark.parametrize("layers", [[3], [-1], []])
+def test_layer_out_of_range(tiny_gpt2, layers):
+    with pytest.raises(ValueError, match="layers 0 to 2"):
+        tiny_gpt2.residuals(TOKENS, layers)
+
+
+def test_rows_longer_than_the_model_reads(tiny_gpt2):
+    with pytest.raises(ValueError, match="at most 32.*context"):
+        tiny_gpt2.residuals(torch.ones(1, 33, dtype=torch.long), [0])
+
+
+def test_a_model_without_bos_and_how_to_mend_it(model_folder):
+    folder = model_folder()
+    byte_tokenizer(bos=None).save_pretrained(folder)
+    with pytest.raises(ValueError, match="no BOS token.*bos_token"):
+        lms.load(str(folder))
+    assert lms.load(str(folder), bos_token="<|endoftext|>").bos == 0
+    with pytest.raises(ValueError, match="no token of"):
+        lms.load(str(folder), bos_token="<nonsense>")
+
+
+def test_unknown_models_get_a_sentence(tmp_path, model_folder):
+    with pytest.raises(FileNotFoundError, match="no model folder"):
+        lms.load(str(tmp_path / "nothing"))
+    with pytest.raises(ValueError, match="could not be loaded.*hub name"):
+        lms.load("someone/no-such-model")
+    weights = model_folder() / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(ValueError, match="could not be loaded"):
+        lms.load(str(weights.parent))

@@ -1,0 +1,106 @@
+"""How well an SAE reconstructs: pure functions of tensors, and two passes that apply them."""
+
+from collections.abc import Callable, Iterable
+
+import numpy as np
+import torch
+from scipy import stats
+
+from tsae.sae import SAE
+
+
+def squared_errors(x: torch.Tensor, x_hat: torch.Tensor) -> torch.Tensor:
+    """||x - x_hat||^2 / ||x||^2 at each position: (b,) from (b, d)."""
+    return (x - x_hat).square().sum(-1) / x.square().sum(-1)
+
+
+def nmse(x: torch.Tensor, x_hat: torch.Tensor) -> float:
+    """Equation 4, squared as in the authors' code: the mean over positions of `squared_errors`."""
+    return squared_errors(x, x_hat).mean().item()
+
+
+def fvu(x: torch.Tensor, x_hat: torch.Tensor) -> float:
+    """Fraction of variance unexplained: summed squared error over summed squared distance to the mean activation."""
+    return ((x - x_hat).square().sum() / (x - x.mean(0)).square().sum()).item()
+
+
+def ce_added(patched: float, clean: float) -> float:
+    """Equation 3: (CE_patched - CE_clean) / CE_clean."""
+    return (patched - clean) / clean
+
+
+def ce_recovered(patched: float, clean: float, ablated: float) -> float:
+    """Share of the damage of ablation that the reconstruction avoids: 1 is clean, 0 is ablated."""
+    return (ablated - patched) / (ablated - clean)
+
+
+def interval(values: Iterable[float], level: float = 0.95) -> tuple[float, float, float]:
+    """(mean, low, high): Student's t interval over independent runs. One value gives (value, nan, nan)."""
+    values = np.asarray(list(values), dtype=float)
+    if len(values) < 2:
+        return values.mean(), float("nan"), float("nan")
+    half = stats.t.ppf((1 + level) / 2, len(values) - 1) * values.std(ddof=1) / len(values) ** 0.5
+    return values.mean(), values.mean() - half, values.mean() + half
+
+
+def bootstrap(statistic: Callable[[np.ndarray], float], groups: list[np.ndarray], draws: int = 1000, seed: int = 0,
+              level: float = 0.95) -> tuple[float, float, float]:
+    """(estimate, low, high) of the mean over groups (seeds) of a statistic over members (features), both resampled."""
+    generator = np.random.default_rng(seed)
+    groups = [np.asarray(group) for group in groups if len(group)]
+    if not groups:
+        return float("nan"), float("nan"), float("nan")
+    drawn = []
+    for _ in range(draws):
+        picked = generator.integers(len(groups), size=len(groups))
+        drawn.append(np.mean([statistic(generator.choice(groups[i], len(groups[i]))) for i in picked]))
+    low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2])
+    return float(np.mean([statistic(group) for group in groups])), low, high
+
+
+@torch.no_grad()
+def reconstruction(sae: SAE, x: torch.Tensor, t: torch.Tensor, batch: int = 8192) -> dict[str, float]:
+    """nmse, fvu, l0 and the share of features that never fire on pairs x (m, d), t (m,).
+
+    With a table also: `lookup_nmse`, the error of the table alone (b_dec + W_lookup[t], no features), and `lookup_share`,
+    the share of the variance that the whole SAE explains which the table explains alone.
+    """
+    errors, lookup_errors, l0, summed, lookup_summed = [], [], [], 0.0, 0.0
+    fired = torch.zeros(sae.n, dtype=torch.bool, device=x.device)
+    for a, tokens in zip(x.split(batch), t.split(batch)):
+        codes = sae.encode(a, tokens)
+        a_hat, alone = sae.decode(codes, tokens), sae.decode(torch.zeros_like(codes[:, :1]).expand(-1, sae.n), tokens)
+        errors.append(squared_errors(a, a_hat)), lookup_errors.append(squared_errors(a, alone))
+        summed, lookup_summed = summed + (a - a_hat).square().sum(), lookup_summed + (a - alone).square().sum()
+        l0.append((codes > 0).sum(-1)), fired.logical_or_((codes > 0).any(0))
+    variance = (x - x.mean(0)).square().sum()
+    result = dict(nmse=torch.cat(errors).mean().item(), fvu=(summed / variance).item(),
+                  l0=torch.cat(l0).float().mean().item(), dead=1 - fired.float().mean().item())
+    if sae.lookup != "none":
+        result |= dict(lookup_nmse=torch.cat(lookup_errors).mean().item(),
+                       lookup_share=((1 - lookup_summed / variance) / (1 - summed / variance)).item())
+    return result
+
+
+def table_drift(sae: SAE, start: torch.Tensor, seen: torch.Tensor) -> dict[str, float]:
+    """Cosine and norm ratio of the table to its `start` (V, d, raw), averaged over the token ids `seen` in training."""
+    table, start = sae.W_lookup.detach()[seen] * sae.scale, start[seen]
+    return dict(table_cosine=torch.cosine_similarity(table, start, dim=-1).mean().item(),
+                table_norm_ratio=(table.norm(dim=-1) / start.norm(dim=-1)).mean().item())
+
+
+def ablations(lm, rows: torch.Tensor, layer: int, mean: torch.Tensor) -> dict[str, float]:
+    """Cross-entropy in nats of rows (N, T): clean, and with the activations at `layer` set to zero and to their mean."""
+    return dict(ce_clean=lm.mean_nats(rows), ce_zero=lm.mean_nats(rows, layer, lambda x, t: torch.zeros_like(x)),
+                ce_mean=lm.mean_nats(rows, layer, lambda x, t: mean.expand_as(x)))
+
+
+def cross_entropy(sae: SAE, lm, rows: torch.Tensor, layer: int, baseline: dict[str, float]) -> dict[str, float]:
+    """ce_added and ce_recovered (against mean ablation) with the reconstruction patched in; `baseline` from `ablations`."""
+    patched = lm.mean_nats(rows, layer, sae)
+    result = dict(ce_added=ce_added(patched, baseline["ce_clean"]),
+                  ce_recovered=ce_recovered(patched, baseline["ce_clean"], baseline["ce_mean"]))
+    if sae.lookup != "none":
+        alone = lm.mean_nats(rows, layer, lambda x, t: sae.decode(x.new_zeros(len(x), sae.n), t))
+        result["lookup_ce_added"] = ce_added(alone, baseline["ce_clean"])
+    return result

@@ -1,0 +1,257 @@
+"""The sparse autoencoder with a lookup table: one class, one file, nothing else of this package needed.
+
+    f(a_t)  = act(W_enc (a_t - b_dec) + b_enc)                    equation 1
+    a_hat_t = W_dec^T f(a_t) + b_dec + W_lookup[t]                equation 2
+
+`a_t` is the activation at a position whose token is `t`. Without a table the last term is missing and `t` is ignored, so
+that training, sweeps and evaluation treat both kinds alike. Rows are things: W_enc (n, d), W_dec (n, d), W_lookup (V, d).
+All weights live in units of `scale` (the rms entry of the centred activations); `encode` takes and `decode` returns raw
+activations, codes are in units of `scale`. Equations: Dooms and Wilhelm, arXiv 2502.17332.
+"""
+
+import json
+import os
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.nn.functional import embedding, embedding_bag, relu
+
+ACTIVATIONS = ("relu", "topk", "batchtopk", "jumprelu", "gated")
+LOOKUPS = ("none", "frozen", "learned")
+
+
+def transpose_product(index: torch.Tensor, values: torch.Tensor, x: torch.Tensor, n: int) -> torch.Tensor:
+    """C^T x for sparse codes C given as (values, index), both (b, k): (n, d) from x (b, d)."""
+    b, k = index.shape
+    at = torch.stack([index.flatten(), torch.arange(b, device=x.device).repeat_interleave(k)])
+    return torch.sparse.mm(torch.sparse_coo_tensor(at, values.flatten(), (n, b), check_invariants=False), x)
+
+
+class _SelectTop(torch.autograd.Function):
+    """The k largest pre-activations of each row, through a ReLU; backward touches k rows of W a position."""
+
+    @staticmethod
+    def forward(ctx, x, W, bias, k):
+        values, index = torch.addmm(bias, x, W.T).topk(k, dim=-1, sorted=False)
+        values = relu(values)
+        ctx.save_for_backward(x, W, values, index)
+        ctx.mark_non_differentiable(index)
+        return values, index
+
+    @staticmethod
+    def backward(ctx, g, _):
+        x, W, values, index = ctx.saved_tensors
+        g = g * (values > 0)
+        g_bias = torch.zeros(len(W), dtype=g.dtype, device=g.device).index_add_(0, index.flatten(), g.flatten())
+        g_x = embedding_bag(index, W, per_sample_weights=g, mode="sum") if ctx.needs_input_grad[0] else None
+        return g_x, transpose_product(index, g, x, len(W)), g_bias, None
+
+
+class _SumRows(torch.autograd.Function):
+    """sum_j values[b, j] W[index[b, j]]: decoding that touches k rows of W a position, forward and backward."""
+
+    @staticmethod
+    def forward(ctx, values, index, W):
+        ctx.save_for_backward(values, index, W)
+        return embedding_bag(index, W, per_sample_weights=values, mode="sum")
+
+    @staticmethod
+    def backward(ctx, g):
+        values, index, W = ctx.saved_tensors
+        chunks = zip(index.split(1024), g.split(1024))  # (1024, k, d) at a time, not the whole batch
+        g_values = torch.cat([torch.bmm(W[i], row.unsqueeze(-1)).squeeze(-1) for i, row in chunks])
+        return g_values, None, transpose_product(index, values, g, len(W))
+
+
+class SAE(nn.Module):
+    """A sparse autoencoder over activations of width `d_model` with `n` features, with or without a lookup table.
+
+    activation  relu | topk | batchtopk | jumprelu | gated; `k` is used by topk and batchtopk
+    vocabulary  rows V of the table, used when `lookup` is frozen or learned
+    encoder_sees  "full": the activation (the paper); "rest": the activation minus its row of the table
+    aux_lookup  gated only: whether the auxiliary reconstruction adds the table (the authors' code leaves it out)
+    bandwidth   jumprelu only: width of the window in which thresholds receive a gradient, in units of `scale`
+    """
+
+    def __init__(self, d_model: int, n: int, activation: str = "topk", k: int = 32, vocabulary: int = 0,
+                 lookup: str = "none", encoder_sees: str = "full", scale: float = 1.0, aux_lookup: bool = True,
+                 bandwidth: float = 0.5):
+        super().__init__()
+        if activation not in ACTIVATIONS or lookup not in LOOKUPS or encoder_sees not in ("full", "rest"):
+            raise ValueError(f"got activation {activation!r}, lookup {lookup!r}, encoder_sees {encoder_sees!r}; expected "
+                             f"one of {ACTIVATIONS}, one of {LOOKUPS}, and 'full' or 'rest'")
+        if "topk" in activation and not 1 <= k <= n:
+            raise ValueError(f"k is {k}: it must lie between 1 and the number of features n = {n}")
+        if lookup != "none" and vocabulary < 1:
+            raise ValueError(f"a {lookup} lookup needs `vocabulary`, the number of token ids of the language model")
+        if not scale > 0:
+            raise ValueError(f"scale is {scale}: it must be positive (the rms entry of the centred activations)")
+        self.config = dict(d_model=d_model, n=n, activation=activation, k=k, vocabulary=vocabulary, lookup=lookup,
+                           encoder_sees=encoder_sees, scale=float(scale), aux_lookup=aux_lookup, bandwidth=bandwidth)
+        self.__dict__.update(self.config)
+        self.W_enc, self.b_enc = nn.Parameter(torch.zeros(n, d_model)), nn.Parameter(torch.zeros(n))
+        self.W_dec, self.b_dec = nn.Parameter(torch.zeros(n, d_model)), nn.Parameter(torch.zeros(d_model))
+        if lookup != "none":
+            self.W_lookup = nn.Parameter(torch.zeros(vocabulary, d_model), requires_grad=lookup == "learned")
+        if activation == "jumprelu":
+            self.log_threshold = nn.Parameter(torch.full((n,), -1.0))
+        if activation == "batchtopk":
+            self.register_buffer("threshold", torch.tensor(-1.0))  # below 0: no batch seen yet
+        if activation == "gated":
+            self.r_mag, self.b_mag = nn.Parameter(torch.zeros(n)), nn.Parameter(torch.zeros(n))
+
+    @torch.no_grad()
+    def start(self, mean: torch.Tensor, table: torch.Tensor | None = None, table_scale: float = 1.0,
+              encoder_scale: float = 1.0, encoder: str = "transpose", seed: int = 0) -> "SAE":
+        """Initialise in place and return self. `mean` (d,): mean activation left over by the table; `table` (V, d): raw.
+
+        The decoder's rows are random directions; the encoder is `encoder_scale` x W_dec ("transpose") or Kaiming-normal.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        self.W_dec.copy_(torch.randn(self.W_dec.shape, generator=generator))
+        self.normalise()
+        self.W_enc.copy_(self.W_dec * encoder_scale)
+        if encoder == "kaiming":
+            nn.init.kaiming_normal_(self.W_enc, generator=generator)
+        self.b_dec.copy_(mean / self.scale)
+        if self.lookup != "none" and table is not None:
+            if table.shape != self.W_lookup.shape:
+                raise ValueError(f"the start of the table has shape {tuple(table.shape)}, expected one row per token and "
+                                 f"one column per coordinate: {tuple(self.W_lookup.shape)}")
+            self.W_lookup.copy_(table * (table_scale / self.scale))
+        return self
+
+    @torch.no_grad()
+    def normalise(self) -> None:
+        """Give every decoder row unit norm."""
+        self.W_dec /= self.W_dec.norm(dim=-1, keepdim=True).clamp_min(1e-8)
+
+    def row(self, t: torch.Tensor | None) -> torch.Tensor | float:
+        """W_lookup[t] (b, d) in units of `scale`, or 0.0 without a table."""
+        if self.lookup == "none":
+            return 0.0
+        if t is None:
+            raise ValueError("this SAE has a lookup table: pass the token ids `t` of the positions beside x")
+        if t.numel() and not 0 <= int(t.min()) <= int(t.max()) < self.vocabulary:
+            raise ValueError(f"token ids run from {int(t.min())} to {int(t.max())}, the lookup table has rows 0 to "
+                             f"{self.vocabulary - 1}: was it trained with another tokenizer?")
+        return embedding(t.long(), self.W_lookup, sparse=True)
+
+    def centred(self, x: torch.Tensor, t: torch.Tensor | None = None) -> torch.Tensor:
+        """What the encoder sees: a_t - b_dec in units of `scale` (minus the token's row when encoder_sees="rest")."""
+        z = x / self.scale - self.b_dec
+        return z - self.row(t) if self.encoder_sees == "rest" else z
+
+    def preactivations(self, x: torch.Tensor, t: torch.Tensor | None = None) -> torch.Tensor:
+        """W_enc (a_t - b_dec) + b_enc, (b, n)."""
+        return self.centred(x, t) @ self.W_enc.T + self.b_enc
+
+    def encode(self, x: torch.Tensor, t: torch.Tensor | None = None) -> torch.Tensor:
+        """Equation 1: codes (b, n), never negative, of raw activations x (b, d)."""
+        pre = self.preactivations(x, t)
+        if self.activation == "topk":
+            values, index = pre.topk(self.k, dim=-1, sorted=False)
+            return torch.zeros_like(pre).scatter(-1, index, relu(values))
+        return self._codes(pre, x, t)[0]
+
+    def decode(self, codes: torch.Tensor, t: torch.Tensor | None = None) -> torch.Tensor:
+        """Equation 2: reconstructed raw activations (b, d) from codes (b, n) and token ids t (b,)."""
+        return (codes @ self.W_dec + self.b_dec + self.row(t)) * self.scale
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor | None = None) -> torch.Tensor:
+        """The reconstruction of raw activations x (b, d); topk never builds the dense codes."""
+        if self.activation != "topk":
+            return self.decode(self.encode(x, t), t)
+        values, index = _SelectTop.apply(self.centred(x, t), self.W_enc, self.b_enc, self.k)
+        return (_SumRows.apply(values, index, self.W_dec) + self.b_dec + self.row(t)) * self.scale
+
+    def _codes(self, pre, x, t) -> tuple[torch.Tensor, torch.Tensor]:
+        """Codes (b, n) from pre-activations, and what the sparsity penalty is summed over (b, n)."""
+        if self.activation == "batchtopk":
+            return self._batch_codes(pre), pre.new_zeros(())
+        if self.activation == "gated":
+            magnitude = (self.centred(x, t) @ self.W_enc.T) * self.r_mag.exp() + self.b_mag
+            return (pre > 0) * relu(magnitude), relu(pre) * self.W_dec.norm(dim=-1)
+        if self.activation == "jumprelu":
+            # The step has no gradient: inside a window around the threshold, take 1/bandwidth (Rajamanoharan et al. 2024).
+            theta = self.log_threshold.exp()
+            slope = ((pre - theta).abs() < self.bandwidth / 2) * (theta - theta.detach()) / self.bandwidth
+            fires = (pre > theta).to(pre.dtype)
+            return relu(pre) * fires - theta.detach() * slope, fires - slope
+        codes = relu(pre)
+        return codes, codes * self.W_dec.norm(dim=-1)
+
+    def _batch_codes(self, pre: torch.Tensor) -> torch.Tensor:
+        """The k * b largest of a training batch; in use, everything above the mean smallest value kept in training."""
+        if self.training or self.threshold < 0:
+            kept = self.k * len(pre)
+            threshold = pre.detach().flatten().topk(kept, sorted=False).values.min().clamp_min(0)
+            if self.training:
+                self.threshold.copy_(threshold if self.threshold < 0 else 0.99 * self.threshold + 0.01 * threshold)
+            return relu(pre) * (pre >= threshold)
+        return relu(pre) * (pre >= self.threshold)
+
+    def loss(self, x: torch.Tensor, t: torch.Tensor | None = None, sparsity: float = 0.0,
+             dead: torch.Tensor | None = None, aux_weight: float = 1 / 32) -> dict[str, torch.Tensor]:
+        """Squared error summed over d_model, averaged over the batch, in units of scale^2, plus the architecture's terms.
+
+        relu, gated: sparsity x sum of codes x decoder norms; jumprelu: sparsity x L0; gated: the auxiliary error; topk and
+        batchtopk: AuxK over the features marked in `dead` (n,) bool. Returns loss, x_hat (b, d) raw, fired (n,) bool, l0.
+        """
+        z = x / self.scale
+        if self.activation == "topk":
+            values, index = _SelectTop.apply(self.centred(x, t), self.W_enc, self.b_enc, self.k)
+            rebuilt, l0 = _SumRows.apply(values, index, self.W_dec), (values > 0).sum(-1).float().mean()
+            fired = torch.zeros(self.n, dtype=torch.bool, device=x.device).index_fill_(0, index[values > 0], True)
+            penalty = None
+        else:
+            pre = self.preactivations(x, t)
+            codes, penalty = self._codes(pre, x, t)
+            rebuilt, l0, fired = codes @ self.W_dec, (codes > 0).sum(-1).float().mean(), (codes > 0).any(0)
+        z_hat = rebuilt + self.b_dec + self.row(t)
+        error = z - z_hat
+        loss = error.square().sum(-1).mean()
+        if penalty is not None and penalty.ndim:
+            loss = loss + sparsity * penalty.sum(-1).mean()
+        if self.activation == "gated":
+            row = self.row(t) if self.aux_lookup else 0.0
+            gate = relu(pre) @ self.W_dec.detach() + self.b_dec.detach() + row
+            loss = loss + (z - gate).square().sum(-1).mean()
+        if "topk" in self.activation and dead is not None and dead.any():
+            loss = loss + aux_weight * self.auxk(x, t, error.detach(), dead)
+        return dict(loss=loss, x_hat=z_hat.detach() * self.scale, fired=fired, l0=l0)
+
+    def auxk(self, x: torch.Tensor, t: torch.Tensor | None, error: torch.Tensor, dead: torch.Tensor) -> torch.Tensor:
+        """AuxK (Gao et al. 2024): how far the d_model / 2 strongest dead features are from explaining `error` (b, d)."""
+        W, bias, rows = self.W_enc[dead], self.b_enc[dead], self.W_dec[dead]
+        k = min(self.d_model // 2, len(W))
+        values, index = _SelectTop.apply(self.centred(x, t).detach(), W, bias, k)
+        share = min(1.0, len(W) / max(1, self.d_model // 2))
+        return share * (error - _SumRows.apply(values, index, rows)).square().sum(-1).mean()
+
+    def save(self, folder: str | Path) -> Path:
+        """Write `config.json` and `weights.safetensors`; the weights appear last, whole or not at all."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, write in (("config.json", lambda file: file.write_text(json.dumps(self.config, indent=2) + "\n")),
+                            ("weights.safetensors", lambda file: save_file(self.state_dict(), file))):
+            temporary = folder / f".{os.getpid()}-{name}"
+            write(temporary)
+            os.replace(temporary, folder / name)
+        return folder
+
+    @classmethod
+    def load(cls, folder: str | Path) -> "SAE":
+        """Rebuild an SAE, its table included, without its language model. Raises ValueError for a damaged folder."""
+        folder = Path(folder)
+        if not (folder / "weights.safetensors").is_file() or not (folder / "config.json").is_file():
+            raise FileNotFoundError(f"{folder} is not a saved SAE: it needs config.json and weights.safetensors")
+        try:
+            sae = cls(**json.loads((folder / "config.json").read_text()))
+            sae.load_state_dict(load_file(folder / "weights.safetensors"))
+        except (SafetensorError, json.JSONDecodeError, TypeError, RuntimeError) as error:
+            raise ValueError(f"the SAE in {folder} is damaged or of another version ({error}): save it again") from None
+        return sae.eval()

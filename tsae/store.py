@@ -1,0 +1,83 @@
+"""Where things lie, and how they are written: to a temporary file first, then renamed, so nothing is ever half there."""
+
+import hashlib
+import json
+import os
+import tempfile
+from contextlib import contextmanager
+from pathlib import Path
+
+import pandas as pd
+
+ROOT = Path(os.environ.get("TSAE_HOME") or Path(__file__).resolve().parents[1])
+DATA = ROOT / "data"
+CACHE = DATA / "cache"
+EMBEDDED = DATA / "embedded"
+
+
+def model_path(name: str) -> str:
+    """Where a language model lies: the folder of the embedded one for "embedded", else the name itself."""
+    return str(EMBEDDED) if name == "embedded" else name
+
+
+@contextmanager
+def replacing(path: str | Path):
+    """Yields a temporary path beside `path`; it takes the place of `path` when the block ends without an error."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
+    os.close(handle)
+    try:
+        yield Path(temporary)
+        with open(temporary, "rb") as written:
+            os.fsync(written.fileno())
+        os.chmod(temporary, 0o644)  # mkstemp makes files that only their owner can read
+        os.replace(temporary, path)
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+
+
+def write_text(path: str | Path, text: str) -> Path:
+    """Write `text` as UTF-8, whole or not at all."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    return Path(path)
+
+
+def write_json(path: str | Path, value: object) -> Path:
+    return write_text(path, json.dumps(value, indent=2, sort_keys=True) + "\n")
+
+
+def read_json(path: str | Path) -> dict:
+    """A json object from disk. Raises ValueError with the file's name when it is not one."""
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid JSON ({error}): restore it or make it again") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds a {type(value).__name__} where a JSON object was expected")
+    return value
+
+
+def write_table(path: str | Path, table: pd.DataFrame) -> Path:
+    """Write a result table as csv with six significant digits, in the order of its rows."""
+    return write_text(path, table.to_csv(index=False, float_format="%.6g", lineterminator="\n"))
+
+
+def read_table(path: str | Path, made_by: str = "") -> pd.DataFrame:
+    """A result table. Raises FileNotFoundError that names the notebook which makes it."""
+    if not Path(path).is_file():
+        hint = f": run {made_by} first with the same `run`" if made_by else ""
+        raise FileNotFoundError(f"there is no table {path}{hint}")
+    return pd.read_csv(path, keep_default_na=False, na_values=[""])
+
+
+def digest(path: str | Path) -> str:
+    """sha256 of a file's bytes, as hex."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def key(**parameters: object) -> str:
+    """Twelve hex digits that name these parameters: equal for equal parameters, whatever their order."""
+    return hashlib.sha256(json.dumps(parameters, sort_keys=True, default=str).encode()).hexdigest()[:12]

@@ -1,0 +1,195 @@
+"""Documents to packed token rows: BOS first, no padding, split into training and validation by document."""
+
+import ast
+import hashlib
+import importlib.metadata
+import importlib.util
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from itertools import chain, islice
+from pathlib import Path
+
+import datasets
+import torch
+from safetensors.torch import load_file, save_file
+from tqdm.auto import tqdm
+
+from tsae import store
+from tsae.lm import bos_id
+
+DOCSTRINGS = "docstrings"
+# The installed packages whose docstrings are worth parsing: 9 in 10 characters of prose for half of the time.
+PACKAGES = "torch transformers scipy sympy sklearn pandas networkx numpy huggingface_hub datasets nnsight mpmath".split()
+SUFFIXES = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+
+
+def _docstrings_of(path: str) -> list[str]:
+    """The docstrings of one source file, read with `ast`: nothing is imported or executed."""
+    try:
+        tree = ast.parse(Path(path).read_text(encoding="utf-8"))
+    except (SyntaxError, UnicodeDecodeError, ValueError):  # test suites ship files that are wrong on purpose
+        return []
+    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    found = (ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, kinds))
+    return [text for text in found if text and len(text) >= 100]
+
+
+def docstrings(packages: Iterable[str] = PACKAGES, fresh_share: float = 0.5) -> list[str]:
+    """The docstrings of installed packages, one document each, in the order of their hashes.
+
+    A document whose lines stood mostly (more than 1 - `fresh_share` of its characters) in earlier documents is left
+    out: libraries repeat their parameter lists hundreds of times. The result is cached per set of versions.
+    """
+    versions = {name: _version(name) for name in packages}
+    cached = store.CACHE / f"docstrings-{store.key(versions=versions, fresh_share=fresh_share)}.json"
+    if cached.is_file():
+        return store.read_json(cached)["documents"]
+    files = [str(path) for name in packages for path in sorted(_folder(name).rglob("*.py"))]
+    with ProcessPoolExecutor() as pool:
+        found = pool.map(_docstrings_of, files, chunksize=32)
+        found = list(chain.from_iterable(tqdm(found, "reading docstrings", len(files), unit="file", leave=False)))
+    documents, seen = [], set()
+    for text in dict.fromkeys(found):
+        lines = [line.strip() for line in text.splitlines()]
+        fresh = sum(len(line) for line in lines if line not in seen)
+        if fresh > fresh_share * sum(map(len, lines)):
+            documents.append(text)
+        seen.update(line for line in lines if len(line) >= 20)
+    documents.sort(key=lambda text: hashlib.sha256(text.encode()).digest())
+    store.write_json(cached, {"versions": versions, "documents": documents})
+    return documents
+
+
+def _folder(package: str) -> Path:
+    spec = importlib.util.find_spec(package)
+    if spec is None:
+        raise ModuleNotFoundError(f"the docstring corpus reads the package {package!r}, which is not installed: "
+                                  "run `pip install -r requirements.txt`")
+    return Path(spec.submodule_search_locations[0])
+
+
+def _version(package: str) -> str:
+    name = {"sklearn": "scikit-learn"}.get(package, package)
+    try:
+        return importlib.metadata.version(name).split("+")[0]  # torch's build suffix changes no docstring
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def fingerprint(documents: Iterable[str]) -> str:
+    """sha256 over the documents in their order, as hex."""
+    state = hashlib.sha256()
+    for text in documents:
+        state.update(hashlib.sha256(text.encode()).digest())
+    return state.hexdigest()
+
+
+def documents(corpus: str, split: str = "train", column: str = "text") -> Iterator[str]:
+    """The documents of a corpus, one string each.
+
+    `corpus` is "docstrings" (the installed packages', no download); a .txt (one document), .jsonl or .parquet file, or
+    a folder of such files; or a dataset of the Hugging Face hub, "owner/name" or "owner/name:configuration", which is
+    streamed. Raises FileNotFoundError or ValueError that says what was looked for.
+    """
+    if corpus == DOCSTRINGS:
+        return iter(docstrings())
+    path = Path(corpus).expanduser()
+    if path.is_file():
+        return _from_files([path], split, column)
+    if path.is_dir():
+        files = sorted(file for file in path.rglob("*") if file.suffix in SUFFIXES and file.is_file())
+        if not files:
+            raise ValueError(f"the corpus folder {corpus!r} holds no file that ends in {', '.join(SUFFIXES)}")
+        return _from_files(files, split, column)
+    if path.suffix in SUFFIXES or corpus.startswith((".", "/", "~")):
+        raise FileNotFoundError(f"there is no corpus file or folder {corpus!r}")
+    name, _, configuration = corpus.partition(":")
+    try:
+        stream = datasets.load_dataset(name, configuration or None, split=split, streaming=True)
+    except Exception as error:  # the hub client raises dozens of types for "not there" and "no network"
+        raise ValueError(f"the corpus {corpus!r} is no local file and could not be opened on the Hugging Face hub "
+                         f"({type(error).__name__}: {error}): check the name and the network, or pass a local file "
+                         'or folder, or "docstrings"') from error
+    return _texts(stream, corpus, column)
+
+
+def _from_files(files: list[Path], split: str, column: str) -> Iterator[str]:
+    for file in files:
+        kind = SUFFIXES.get(file.suffix)
+        if kind is None:
+            raise ValueError(f"the corpus file {file} ends in none of {', '.join(SUFFIXES)}")
+        if kind == "text":
+            yield file.read_text(encoding="utf-8", errors="replace")
+            continue
+        stream = datasets.load_dataset(kind, data_files=str(file), split="train", streaming=True)
+        yield from _texts(stream, str(file), column)
+
+
+def _texts(stream: Iterable[dict], corpus: str, column: str) -> Iterator[str]:
+    for row in stream:
+        if not isinstance(row.get(column), str):
+            raise ValueError(f"the corpus {corpus!r} has no text column {column!r}: its columns are "
+                             f"{', '.join(row)}; name one with `column`")
+        yield row[column]
+
+
+def is_validation(document: str, share: float) -> bool:
+    """True for a `share` of all documents, decided by the document's own hash: the same in every run and order."""
+    return int.from_bytes(hashlib.sha256(document.encode()).digest()[:8], "big") < share * 2**64
+
+
+def pack(texts: Iterable[str], tokenizer, context: int, train_tokens: int, validation_tokens: int,
+         validation_share: float = 0.05) -> dict[str, torch.Tensor]:
+    """Tokenized documents, joined with BOS between them and cut into rows of BOS + (context - 1) tokens.
+
+    Returns {"train": (N, context) int32, "validation": (M, context) int32}; reading stops when both hold the tokens
+    asked for (0: all there are). Raises ValueError when a split has not even one row.
+    """
+    bos = bos_id(tokenizer)
+    wanted = {"train": train_tokens, "validation": validation_tokens}
+    streams: dict[str, list[int]] = {name: [] for name in wanted}
+    full = {name: False for name in wanted}
+    with tqdm(desc="tokenizing", unit="tok", unit_scale=True, leave=False) as progress:
+        texts = (text for text in texts if text.strip())
+        while group := list(islice(texts, 1000)):
+            ids = tokenizer(group, add_special_tokens=False, verbose=False)["input_ids"]
+            for text, document in zip(group, ids):
+                name = "validation" if is_validation(text, validation_share) else "train"
+                if not full[name]:
+                    streams[name].extend(document + [bos])
+                    progress.update(len(document) + 1)
+                    full[name] = 0 < wanted[name] <= len(streams[name]) // (context - 1) * context
+            if all(full.values()):
+                break
+    return {name: _cut(stream, bos, context, wanted[name], name) for name, stream in streams.items()}
+
+
+def _cut(stream: list[int], bos: int, context: int, wanted: int, name: str) -> torch.Tensor:
+    n = len(stream) // (context - 1)
+    if wanted:
+        n = min(n, -(-wanted // context))
+    if n == 0:
+        raise ValueError(f"the corpus gives {len(stream)} {name} tokens, fewer than one row of {context - 1}: use a "
+                         "longer corpus (documents go to one side or the other whole) or a shorter `context`")
+    body = torch.tensor(stream[:n * (context - 1)], dtype=torch.int32).view(n, context - 1)
+    return torch.cat([torch.full((n, 1), bos, dtype=torch.int32), body], dim=1)
+
+
+def tokens(corpus: str, tokenizer, context: int, train_tokens: int, validation_tokens: int,
+           validation_share: float = 0.05, split: str = "train", column: str = "text") -> dict[str, torch.Tensor]:
+    """`pack(documents(corpus), ...)`, kept on disk: the second call with the same arguments reads no document."""
+    files = sorted(Path(corpus).expanduser().rglob("*")) if Path(corpus).is_dir() else [Path(corpus).expanduser()]
+    stamp = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.is_file()]
+    if corpus == DOCSTRINGS:
+        stamp = {name: _version(name) for name in PACKAGES}
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    key = store.key(corpus=corpus, stamp=stamp, tokenizer=backend.to_str() if backend else tokenizer.name_or_path,
+                    bos=bos_id(tokenizer), context=context, train_tokens=train_tokens, split=split, column=column,
+                    validation_tokens=validation_tokens, validation_share=validation_share)
+    cached = store.CACHE / f"tokens-{key}.safetensors"
+    if cached.is_file():
+        return load_file(cached)
+    rows = pack(documents(corpus, split, column), tokenizer, context, train_tokens, validation_tokens, validation_share)
+    with store.replacing(cached) as temporary:
+        save_file(rows, temporary)
+    return rows

@@ -1,0 +1,197 @@
+"""Pairs (x, t) in random order over bounded memory, and one visible training loop."""
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+import pandas as pd
+import torch
+from tqdm.auto import tqdm
+
+from tsae import store
+from tsae.sae import SAE
+
+Pair = tuple[torch.Tensor, torch.Tensor]
+
+
+def activations(rows: torch.Tensor, residuals: Callable, keep: Callable, batch_rows: int = 64) -> Iterator[Pair]:
+    """Pairs x (m, d) float32, t (m,) of the positions that `keep` marks, in the order of rows (N, T), a pass at a time.
+
+    Raises ValueError that names the row when an activation is NaN or infinite.
+    """
+    for first in range(0, len(rows), batch_rows):
+        tokens = rows[first:first + batch_rows]
+        x, kept = residuals(tokens), keep(tokens)
+        if not torch.isfinite(x).all():
+            row = first + int((~torch.isfinite(x)).flatten(1).any(1).nonzero()[0, 0])
+            raise ValueError(f"the language model gives NaN or infinite activations at row {row} of the tokens: load it "
+                             "in float32, or leave that document out")
+        yield x[kept.to(x.device)], tokens[kept].to(x.device)
+
+
+def collect(rows: torch.Tensor, residuals: Callable, keep: Callable, batch_rows: int = 64) -> Pair:
+    """All pairs of `activations` in memory: x (m, d), t (m,)."""
+    parts = list(tqdm(activations(rows, residuals, keep, batch_rows), "activations", -(-len(rows) // batch_rows),
+                      leave=False))
+    return torch.cat([x for x, _ in parts]), torch.cat([t for _, t in parts])
+
+
+def pairs(rows: torch.Tensor, residuals: Callable, keep: Callable, batch: int = 4096, buffer: int = 131072,
+          seed: int = 0, epochs: int | None = None) -> Iterator[Pair]:
+    """Batches x (batch, d), t (batch,) in random order, streamed: memory never holds more than `buffer` + one pass.
+
+    Rows are visited in a fresh permutation each epoch; a buffer mixes their positions, and half of it is replaced at a
+    time. `epochs=None` goes on for ever. The order is a function of `seed` alone.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    held: list[Pair] = []
+    epoch = 0
+    while epochs is None or epoch < epochs:
+        for pair in activations(rows[torch.randperm(len(rows), generator=generator)], residuals, keep):
+            held.append(pair)
+            if sum(len(t) for _, t in held) >= max(buffer, 2 * batch):
+                x, t = _shuffled(held, generator)
+                used = len(t) // 2 // batch * batch
+                yield from zip(x[:used].split(batch), t[:used].split(batch))
+                held = [(x[used:], t[used:])]
+        epoch += 1
+    if held:
+        x, t = _shuffled(held, generator)
+        yield from zip(x.split(batch), t.split(batch))
+
+
+def _shuffled(held: list[Pair], generator: torch.Generator) -> Pair:
+    x, t = torch.cat([x for x, _ in held]), torch.cat([t for _, t in held])
+    order = torch.randperm(len(t), generator=generator).to(x.device)
+    return x[order], t[order]
+
+
+def held_pairs(x: torch.Tensor, t: torch.Tensor, batch: int = 4096, seed: int = 0) -> Iterator[Pair]:
+    """The same from activations in memory, shuffled over all of them, for ever: a fresh permutation each epoch."""
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        for index in torch.randperm(len(t), generator=generator).to(x.device).split(batch):
+            yield x[index], t[index]
+
+
+def statistics(x: torch.Tensor, t: torch.Tensor, vocabulary: int) -> dict[str, torch.Tensor]:
+    """What a start needs, from pairs: mean (d,), scale (rms entry of the centred x), count (V,) and sum (V, d) a token."""
+    mean = x.mean(0)
+    return dict(mean=mean, scale=(x - mean).square().mean().sqrt(), count=torch.bincount(t, minlength=vocabulary),
+                sum=torch.zeros(vocabulary, x.shape[1], device=x.device).index_add_(0, t.long(), x))
+
+
+def conditional_mean(stats: dict[str, torch.Tensor], prior: float = 4.0) -> torch.Tensor:
+    """E[a | t] (V, d), shrunk towards the overall mean as if that had been seen `prior` times with every token."""
+    return (stats["sum"] + prior * stats["mean"]) / (stats["count"].unsqueeze(-1) + prior)
+
+
+def left_over(stats: dict[str, torch.Tensor], table: torch.Tensor) -> torch.Tensor:
+    """Mean of a_t - table[t] over the pairs of `stats`: where b_dec starts beside a table. Shape (d,)."""
+    share = stats["count"] / stats["count"].sum()
+    return stats["mean"] - share @ table
+
+
+class RowAdam(torch.optim.Optimizer):
+    """Adam for tables with sparse gradients: only rows of the batch move, each with its own step count.
+
+    A row's first step is then lr in every coordinate, as for any parameter. Dense Adam would move a long-unseen row by
+    about 32 x lr over the steps after its first hit, whatever the error, and pass over the whole table at every step.
+    """
+
+    def __init__(self, params: Iterable, lr: float, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8):
+        super().__init__(params, dict(lr=lr, betas=betas, eps=eps))
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            (beta1, beta2), lr = group["betas"], group["lr"]
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                g = p.grad.coalesce()
+                rows, g = g.indices()[0], g.values()
+                state = self.state[p]
+                if not state:
+                    state.update(m=torch.zeros_like(p), v=torch.zeros_like(p), steps=p.new_zeros(len(p), 1))
+                steps = state["steps"][rows] + 1
+                m = torch.lerp(state["m"][rows], g, 1 - beta1)
+                v = torch.lerp(state["v"][rows], g * g, 1 - beta2)
+                state["steps"][rows], state["m"][rows], state["v"][rows] = steps, m, v
+                p[rows] -= lr * (m / (1 - beta1**steps)) / ((v / (1 - beta2**steps)).sqrt() + group["eps"])
+
+
+def learning_rate(progress: float, schedule: str, last: float) -> float:
+    """Share of the peak rate at `progress` in [0, 1]: cosine to `last`, or constant and linear to `last` over the last 20 %."""
+    if schedule == "cosine":
+        return last + (1 - last) * (1 + math.cos(math.pi * progress)) / 2
+    if schedule == "decay":
+        return last + (1 - last) * min(1.0, (1 - progress) / 0.2)
+    raise ValueError(f'schedule is {schedule!r}: expected "cosine" or "decay"')
+
+
+def fit(sae: SAE, source: Iterator[Pair], tokens: int, lr: float = 1e-3, table_lr: float = 1e-2, schedule: str = "decay",
+        last_lr: float = 0.0, sparsity: float = 0.0, sparsity_warmup: float = 0.05, dead_after_tokens: int = 200_000,
+        aux_weight: float = 1 / 32, check: Callable[[SAE], dict] | None = None, checks: int = 0,
+        log_every_tokens: int = 50_000, label: str = "training") -> pd.DataFrame:
+    """Train `sae` in place on `tokens` pairs from `source`; returns its history, one row a log line.
+
+    Adam on everything but the table, RowAdam with `table_lr` (units of the SAE's scale) on the table; both follow
+    `schedule`. `sparsity` rises linearly over the first `sparsity_warmup` of training. A feature is dead when it has not
+    fired for `dead_after_tokens`. `check(sae) -> dict` adds columns at `checks` points, spaced evenly in log tokens.
+    Raises FloatingPointError when the loss is not finite, ValueError when the source ends early.
+    """
+    table = [p for name, p in sae.named_parameters() if name == "W_lookup" and p.requires_grad]
+    rest = [p for name, p in sae.named_parameters() if name != "W_lookup"]
+    groups = [(torch.optim.Adam(rest, lr=lr, fused=True), lr)] + [(RowAdam(table, table_lr), table_lr)] * bool(table)
+    silent = torch.zeros(sae.n, dtype=torch.long, device=sae.b_enc.device)  # tokens since each feature last fired
+    seen, history, logged = 0, [], 0
+    due = [tokens * 100 ** (i / checks - 1) for i in range(1, checks + 1)]
+    progress = tqdm(total=tokens, desc=label, unit="tok", unit_scale=True, leave=False)
+    sae.train()
+    while seen < tokens:
+        x, t = next(source, (None, None))
+        if x is None:
+            raise ValueError(f"{tokens} tokens of training were asked for, the activations ended after {seen}: give more "
+                             "text, or train on fewer")
+        for optimiser, peak in groups:
+            optimiser.param_groups[0]["lr"] = peak * learning_rate(seen / tokens, schedule, last_lr)
+            optimiser.zero_grad()
+        weight = sparsity * min(1.0, (seen + 1) / max(1.0, sparsity_warmup * tokens))
+        out = sae.loss(x, t, weight, silent >= dead_after_tokens, aux_weight)
+        if not torch.isfinite(out["loss"]):
+            raise FloatingPointError(f"the loss is {out['loss'].item()} after {seen} tokens: lower `lr`, or check the "
+                                     "activations for outliers")
+        out["loss"].backward()
+        for optimiser, _ in groups:
+            optimiser.step()
+        sae.normalise()
+        seen += len(t)
+        silent = torch.where(out["fired"], 0, silent + len(t))
+        progress.update(len(t))
+        checking = bool(due) and seen >= min(due[0], tokens)
+        if checking or seen - logged >= log_every_tokens or seen >= tokens:
+            logged = seen
+            error = (x - out["x_hat"]).square().sum(-1) / x.square().sum(-1)
+            history.append(dict(tokens=seen, loss=out["loss"].item(), nmse=error.mean().item(), l0=out["l0"].item(),
+                                dead=(silent >= dead_after_tokens).float().mean().item()))
+            if checking and check:
+                due = [point for point in due if point > seen]
+                history[-1] |= check(sae.eval())
+                sae.train()
+            progress.set_postfix(nmse=f"{history[-1]['nmse']:.3f}", dead=f"{history[-1]['dead']:.0%}")
+    progress.close()
+    sae.eval()
+    return pd.DataFrame(history)
+
+
+def once(folder: Path, settings: dict, make: Callable[[], tuple[SAE, pd.DataFrame]]) -> tuple[SAE, pd.DataFrame]:
+    """The SAE of these settings: loaded from `folder`/<key of settings> if it was trained before, else made and kept."""
+    place = folder / store.key(**settings)
+    if (place / "history.csv").is_file():  # written last: the rest is whole
+        return SAE.load(place), pd.read_csv(place / "history.csv")
+    sae, history = make()
+    sae.save(place)
+    store.write_json(place / "settings.json", settings)
+    store.write_table(place / "history.csv", history)
+    return sae, history
