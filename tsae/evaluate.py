@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable
 
 import numpy as np
+import pandas as pd
 import torch
 from scipy import stats
 
@@ -41,6 +42,38 @@ def interval(values: Iterable[float], level: float = 0.95) -> tuple[float, float
         return values.mean(), float("nan"), float("nan")
     half = stats.t.ppf((1 + level) / 2, len(values) - 1) * values.std(ddof=1) / len(values) ** 0.5
     return values.mean(), values.mean() - half, values.mean() + half
+
+
+def summarise(table: pd.DataFrame, by: list[str], metrics: list[str]) -> pd.DataFrame:
+    """Over the runs (seeds) of each group: columns by ..., metric, value, low, high, runs; groups in order of appearance."""
+    rows = []
+    for names, group in table.groupby(by, sort=False):
+        for metric in metrics:
+            values = group[metric].dropna()
+            if len(values):
+                mean, low, high = interval(values)
+                rows.append(dict(zip(by, names), metric=metric, value=mean, low=low, high=high, runs=len(values)))
+    return pd.DataFrame(rows)
+
+
+def tokens_to_reach(tokens: Iterable[float], values: Iterable[float], target: float) -> float:
+    """Training tokens at which a falling curve first reaches `target`, log-linear between its points; nan if never."""
+    tokens, values = np.asarray(list(tokens), float), np.asarray(list(values), float)
+    below = np.flatnonzero(values <= target)
+    if len(below) == 0:
+        return float("nan")
+    i = below[0]
+    if i == 0:
+        return tokens[0]
+    share = (values[i - 1] - target) / (values[i - 1] - values[i])
+    return float(np.exp(np.log(tokens[i - 1]) + share * np.log(tokens[i] / tokens[i - 1])))
+
+
+def l0_at_equal(l0: Iterable[float], errors: Iterable[float], error: float) -> float:
+    """The L0 at which a front (log-log linear between its points) has this error; nan outside the front."""
+    points = sorted(zip(np.log(list(errors)), np.log(list(l0))))
+    xs, ys = [x for x, _ in points], [y for _, y in points]
+    return float(np.exp(np.interp(np.log(error), xs, ys, left=np.nan, right=np.nan)))
 
 
 def bootstrap(statistic: Callable[[np.ndarray], float], groups: list[np.ndarray], draws: int = 1000, seed: int = 0,

@@ -41,6 +41,12 @@ class LM:
     def device(self) -> torch.device:
         return self.model.device
 
+    def layer(self, wanted: int) -> int:
+        """`wanted` where the model has that layer; -1 is two thirds of the way up, the paper's 8 of 12."""
+        at = round(self.n_layers * 2 / 3) if wanted == -1 else wanted
+        self._checked(torch.zeros(1, 1, dtype=torch.int32), [at])
+        return at
+
     def keep(self, tokens: torch.Tensor) -> torch.Tensor:
         """True (b, T) at the positions that count: not position 0, not a special token."""
         kept = ~torch.isin(tokens, self.special.to(tokens))
@@ -59,7 +65,7 @@ class LM:
 
     def at(self, layer: int) -> Callable[[torch.Tensor], torch.Tensor]:
         """The callable tokens (b, T) -> activations (b, T, d) at one layer."""
-        self._checked(torch.zeros(1, 1, dtype=torch.int32), [layer])
+        layer = self.layer(layer)
         return lambda tokens: self.residuals(tokens, [layer])[layer]
 
     def last(self, grams: torch.Tensor, layers: Sequence[int], batch: int = 4096) -> dict[int, torch.Tensor]:

@@ -5,6 +5,7 @@ import json
 import os
 import tempfile
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 
 import pandas as pd
@@ -18,6 +19,11 @@ EMBEDDED = DATA / "embedded"
 def model_path(name: str) -> str:
     """Where a language model lies: the folder of the embedded one for "embedded", else the name itself."""
     return str(EMBEDDED) if name == "embedded" else name
+
+
+def run_folder(run: str) -> Path:
+    """Where a run keeps its tables, figures and SAEs: data/runs/<run>, or `run` itself when that is a whole path."""
+    return DATA / "runs" / run
 
 
 @contextmanager
@@ -70,6 +76,17 @@ def read_table(path: str | Path, made_by: str = "") -> pd.DataFrame:
         hint = f": run {made_by} first with the same `run`" if made_by else ""
         raise FileNotFoundError(f"there is no table {path}{hint}")
     return pd.read_csv(path, keep_default_na=False, na_values=[""])
+
+
+def result(folder: Path, name: str, table: pd.DataFrame, notebook: str, **parameters: object) -> Path:
+    """Write a result table to `folder`/tables/<name>.csv, and its line in the manifest there: what made it, from what."""
+    path = write_table(folder / "tables" / f"{name}.csv", table)
+    manifest = folder / "tables" / "manifest.json"
+    lines = read_json(manifest) if manifest.is_file() else {}
+    versions = {package: version(package) for package in ("torch", "transformers", "nnsight", "datasets")}
+    lines[path.name] = dict(sha256=digest(path), notebook=notebook, parameters=parameters, versions=versions)
+    write_json(manifest, lines)
+    return path
 
 
 def digest(path: str | Path) -> str:

@@ -4,6 +4,7 @@ import ast
 import hashlib
 import importlib.metadata
 import importlib.util
+from array import array
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from itertools import chain, islice
@@ -87,8 +88,8 @@ def fingerprint(documents: Iterable[str]) -> str:
 def documents(corpus: str, split: str = "train", column: str = "text") -> Iterator[str]:
     """The documents of a corpus, one string each.
 
-    `corpus` is "docstrings" (the installed packages', no download); a .txt (one document), .jsonl or .parquet file, or
-    a folder of such files; or a dataset of the Hugging Face hub, "owner/name" or "owner/name:configuration", which is
+    `corpus` is "docstrings" (the installed packages', no download); a .txt file (cut at blank lines into documents of
+    about 2000 characters), a .jsonl or .parquet file (one document a row), or a folder of such files; or a dataset of the Hugging Face hub, "owner/name" or "owner/name:configuration", which is
     streamed. Raises FileNotFoundError or ValueError that says what was looked for.
     """
     if corpus == DOCSTRINGS:
@@ -119,10 +120,23 @@ def _from_files(files: list[Path], split: str, column: str) -> Iterator[str]:
         if kind is None:
             raise ValueError(f"the corpus file {file} ends in none of {', '.join(SUFFIXES)}")
         if kind == "text":
-            yield file.read_text(encoding="utf-8", errors="replace")
+            yield from _paragraphs(file.read_text(encoding="utf-8", errors="replace"))
             continue
         stream = datasets.load_dataset(kind, data_files=str(file), split="train", streaming=True)
         yield from _texts(stream, str(file), column)
+
+
+def _paragraphs(text: str, about: int = 2000) -> Iterator[str]:
+    """Consecutive paragraphs joined into documents: a single file then has documents for both sides of the split."""
+    held, size = [], 0
+    for paragraph in text.split("\n\n"):
+        held.append(paragraph)
+        size += len(paragraph)
+        if size >= about:
+            yield "\n\n".join(held)
+            held, size = [], 0
+    if size:
+        yield "\n\n".join(held)
 
 
 def _texts(stream: Iterable[dict], corpus: str, column: str) -> Iterator[str]:
@@ -147,7 +161,7 @@ def pack(texts: Iterable[str], tokenizer, context: int, train_tokens: int, valid
     """
     bos = bos_id(tokenizer)
     wanted = {"train": train_tokens, "validation": validation_tokens}
-    streams: dict[str, list[int]] = {name: [] for name in wanted}
+    streams = {name: array("i") for name in wanted}
     full = {name: False for name in wanted}
     with tqdm(desc="tokenizing", unit="tok", unit_scale=True, leave=False) as progress:
         texts = (text for text in texts if text.strip())
@@ -156,7 +170,7 @@ def pack(texts: Iterable[str], tokenizer, context: int, train_tokens: int, valid
             for text, document in zip(group, ids):
                 name = "validation" if is_validation(text, validation_share) else "train"
                 if not full[name]:
-                    streams[name].extend(document + [bos])
+                    streams[name].fromlist(document + [bos])
                     progress.update(len(document) + 1)
                     full[name] = 0 < wanted[name] <= len(streams[name]) // (context - 1) * context
             if all(full.values()):
@@ -164,14 +178,14 @@ def pack(texts: Iterable[str], tokenizer, context: int, train_tokens: int, valid
     return {name: _cut(stream, bos, context, wanted[name], name) for name, stream in streams.items()}
 
 
-def _cut(stream: list[int], bos: int, context: int, wanted: int, name: str) -> torch.Tensor:
+def _cut(stream: array, bos: int, context: int, wanted: int, name: str) -> torch.Tensor:
     n = len(stream) // (context - 1)
     if wanted:
         n = min(n, -(-wanted // context))
     if n == 0:
         raise ValueError(f"the corpus gives {len(stream)} {name} tokens, fewer than one row of {context - 1}: use a "
                          "longer corpus (documents go to one side or the other whole) or a shorter `context`")
-    body = torch.tensor(stream[:n * (context - 1)], dtype=torch.int32).view(n, context - 1)
+    body = torch.frombuffer(stream, dtype=torch.int32, count=n * (context - 1)).view(n, context - 1)
     return torch.cat([torch.full((n, 1), bos, dtype=torch.int32), body], dim=1)
 
 

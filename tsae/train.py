@@ -1,7 +1,9 @@
 """Pairs (x, t) in random order over bounded memory, and one visible training loop."""
 
+import hashlib
 import math
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
@@ -143,7 +145,9 @@ def fit(sae: SAE, source: Iterator[Pair], tokens: int, lr: float = 1e-3, table_l
     """
     table = [p for name, p in sae.named_parameters() if name == "W_lookup" and p.requires_grad]
     rest = [p for name, p in sae.named_parameters() if name != "W_lookup"]
-    groups = [(torch.optim.Adam(rest, lr=lr, fused=True), lr)] + [(RowAdam(table, table_lr), table_lr)] * bool(table)
+    groups = [(torch.optim.Adam(rest, lr=lr, fused=True), lr)]
+    if table:
+        groups.append((RowAdam(table, table_lr), table_lr))
     silent = torch.zeros(sae.n, dtype=torch.long, device=sae.b_enc.device)  # tokens since each feature last fired
     seen, history, logged = 0, [], 0
     due = [tokens * 100 ** (i / checks - 1) for i in range(1, checks + 1)]
@@ -185,13 +189,81 @@ def fit(sae: SAE, source: Iterator[Pair], tokens: int, lr: float = 1e-3, table_l
     return pd.DataFrame(history)
 
 
-def once(folder: Path, settings: dict, make: Callable[[], tuple[SAE, pd.DataFrame]]) -> tuple[SAE, pd.DataFrame]:
-    """The SAE of these settings: loaded from `folder`/<key of settings> if it was trained before, else made and kept."""
+@dataclass
+class Data:
+    """What a training run is given: the activations of one layer, and what its start needs from them.
+
+    source(seed): an endless iterator of pairs; stats: see `statistics`; unigrams (V, d) raw; identity: what names the data.
+    """
+
+    source: Callable[[int], Iterator[Pair]]
+    stats: dict[str, torch.Tensor]
+    unigrams: torch.Tensor
+    identity: dict
+
+
+def prepare(lm, rows: torch.Tensor, layer: int, batch: int = 4096, buffer: int = 131072, memory_gb: float = 4.0,
+            sample_rows: int = 20_000) -> Data:
+    """Activations of `lm` (see lm.LM) at `layer` over rows (N, T): held in memory when they fit, else streamed.
+
+    When streamed, `stats` come from the first `sample_rows` rows. `buffer` is the mixing buffer of `pairs`, in tokens.
+    """
+    identity = dict(model=lm.name, layer=layer, batch=batch, rows=hashlib.sha256(rows.numpy().tobytes()).hexdigest(),
+                    code=store.key(**{name: store.digest(Path(__file__).with_name(name)) for name in RUN_CODE}))
+    fits = rows.numel() * lm.d_model * 8 < memory_gb * 1e9  # the pairs, and once more while they are put together
+    x, t = collect(rows if fits else rows[:sample_rows], lm.at(layer), lm.keep)
+    stats, unigrams = statistics(x, t, lm.vocabulary), lm.unigrams(layer)
+    if fits:
+        return Data(lambda seed: held_pairs(x, t, batch, seed), stats, unigrams, identity)
+    return Data(lambda seed: pairs(rows, lm.at(layer), lm.keep, batch, buffer, seed), stats, unigrams, identity)
+
+
+RUN_CODE = ("sae.py", "train.py", "lm.py")  # a change in one of these makes every trained SAE out of date
+
+# How a run starts and learns. "text" and "code" are the paper's two recipes: see the settings table of the README.
+# Rates and weights are in units of the activation scale. The start of the encoder without a table is always W_dec^T.
+_CODE = dict(start="unigram", table_scale=0.5, encoder="transpose", encoder_scale=0.5, encoder_sees="full",
+             lr=1e-3, table_lr=1e-2, schedule="cosine", last_lr=0.3, aux_weight=0.0, aux_lookup=False)
+RECIPES = {
+    "code": _CODE,
+    "text": _CODE | dict(table_scale=1.0, encoder="kaiming", table_lr=1e-3),
+    "ours": _CODE | dict(schedule="decay", last_lr=0.0, aux_weight=1 / 32, aux_lookup=True),
+}
+
+
+def trained(folder: Path, data: Data, *, activation: str, n: int, k: int, lookup: str, seed: int, tokens: int,
+            sparsity: float = 0.0, recipe: str = "ours", check: Callable[[SAE], dict] | None = None, checks: int = 0,
+            dead_after_tokens: int = 200_000, **changes) -> tuple[SAE, pd.DataFrame]:
+    """An SAE trained on `data` and its history; taken from `folder` when these very settings were trained before.
+
+    `recipe` names an entry of RECIPES, `changes` overrides parts of it (the ablations). Raises ValueError for unknown ones.
+    """
+    if recipe not in RECIPES or not set(changes) <= set(RECIPES["ours"]):
+        raise ValueError(f"got recipe {recipe!r} with changes of {sorted(changes)}: the recipes are {', '.join(RECIPES)}, "
+                         f"and they consist of {', '.join(RECIPES['ours'])}")
+    how = RECIPES[recipe] | changes
+    settings = dict(activation=activation, n=n, k=k, lookup=lookup, sparsity=sparsity, seed=seed, tokens=tokens,
+                    checks=checks, dead_after_tokens=dead_after_tokens, **how, **data.identity)
     place = folder / store.key(**settings)
     if (place / "history.csv").is_file():  # written last: the rest is whole
         return SAE.load(place), pd.read_csv(place / "history.csv")
-    sae, history = make()
+    sae = build(data, activation, n, k, lookup, seed, how)
+    history = fit(sae, data.source(seed), tokens, how["lr"], how["table_lr"], how["schedule"], how["last_lr"], sparsity,
+                  dead_after_tokens=dead_after_tokens, aux_weight=how["aux_weight"], check=check, checks=checks,
+                  label=f"{activation} {'+ table ' if lookup != 'none' else ''}seed {seed}")
     sae.save(place)
     store.write_json(place / "settings.json", settings)
     store.write_table(place / "history.csv", history)
     return sae, history
+
+
+def build(data: Data, activation: str, n: int, k: int, lookup: str, seed: int, how: dict) -> SAE:
+    """An SAE at its start, as `how` (an entry of RECIPES) says."""
+    vocabulary, d_model = data.unigrams.shape
+    sae = SAE(d_model, n, activation, k, vocabulary, lookup, how["encoder_sees"], data.stats["scale"].item(),
+              how["aux_lookup"]).to(data.unigrams.device)
+    if lookup == "none":
+        return sae.start(data.stats["mean"], seed=seed)
+    table = dict(unigram=data.unigrams, mean=conditional_mean(data.stats))[how["start"]]
+    return sae.start(left_over(data.stats, how["table_scale"] * table), table, how["table_scale"], how["encoder_scale"],
+                     how["encoder"], seed)

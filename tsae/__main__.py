@@ -1,0 +1,135 @@
+"""python -m tsae: run the notebooks in order through papermill, each once for the same inputs."""
+
+import argparse
+import ast
+import difflib
+import json
+import os
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import papermill
+import yaml
+
+from tsae import store
+
+NOTEBOOKS = store.ROOT / "notebooks"
+SOURCE = Path(__file__).parent
+
+
+def declared(notebook: Path) -> dict[str, object]:
+    """The parameters of a notebook with their defaults, read from its tagged cell."""
+    found = papermill.inspect_notebook(str(notebook))
+    return {name: ast.literal_eval(entry["default"]) for name, entry in found.items()}
+
+
+def read_preset(name: str) -> dict[str, object]:
+    """The settings of notebooks/presets/<name>.yaml, or of a yaml file given by its path."""
+    path = Path(name) if name.endswith((".yaml", ".yml")) else NOTEBOOKS / "presets" / f"{name}.yaml"
+    if not path.is_file():
+        known = sorted(file.stem for file in (NOTEBOOKS / "presets").glob("*.yaml"))
+        raise SystemExit(f"there is no preset {name!r}: the presets are {', '.join(known)}, or give a .yaml file")
+    settings = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    if not isinstance(settings, dict):
+        raise SystemExit(f"the preset {path} must be lines of `name: value`")
+    return settings
+
+
+def read_assignment(text: str) -> tuple[str, object]:
+    name, equals, value = text.partition("=")
+    if not equals or not name:
+        raise SystemExit(f"-p takes name=value, got {text!r}")
+    try:
+        return name, ast.literal_eval(value)  # numbers and lists as Python writes them
+    except (ValueError, SyntaxError):
+        return name, yaml.safe_load(value)  # true, false and plain words
+
+
+def check(settings: dict[str, object], parameters: dict[str, dict[str, object]]) -> None:
+    """Refuse names that no notebook declares and values of another type than the default's."""
+    known = {name: default for entry in parameters.values() for name, default in entry.items()}
+    for name, value in settings.items():
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1)
+            raise SystemExit(f"no notebook has a parameter {name!r}" + (f": did you mean {near[0]!r}?" if near else ""))
+        wanted = (int, float) if isinstance(known[name], float) else type(known[name])
+        if not isinstance(value, wanted) or (isinstance(value, bool) and wanted is not bool):
+            raise SystemExit(f"{name} is {value!r}, a {type(value).__name__}: expected "
+                             f"a {type(known[name]).__name__} such as {known[name]!r}")
+
+
+def sources() -> str:
+    """One digest over the package's files: a finished notebook is run again after any of them changed."""
+    return store.key(**{path.name: store.digest(path) for path in sorted(SOURCE.glob("*.py"))})
+
+
+def run(notebook: Path, parameters: dict[str, object], folder: Path, before: str, label: str) -> str:
+    """Execute a notebook into `folder`/notebooks unless that was done with the same inputs; returns the inputs' key."""
+    key = store.key(notebook=code_of(notebook), parameters=parameters, sources=sources(), before=before)
+    done, executed = folder / "done" / f"{notebook.stem}.json", folder / "notebooks" / notebook.name
+    if done.is_file() and executed.is_file() and store.read_json(done)["key"] == key:
+        print(f"{label}  done before", flush=True)
+        return key
+    print(f"{label}  running", flush=True)
+    started = time.monotonic()
+    executed.parent.mkdir(parents=True, exist_ok=True)
+    papermill.execute_notebook(str(notebook), str(executed), parameters, progress_bar=sys.stderr.isatty())
+    seconds = time.monotonic() - started
+    store.write_json(done, dict(key=key, parameters=parameters, seconds=round(seconds, 1)))
+    print(f"{label}  done in {seconds:.0f} s", flush=True)
+    return key
+
+
+def code_of(notebook: Path) -> list[str]:
+    """The code cells' text: outputs and prose do not make a notebook new."""
+    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+    return ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+
+
+def publish(folder: Path) -> None:
+    """Copy a run's executed notebooks, tables and pictures over those in the repository."""
+    for part, place, pattern in (("notebooks", NOTEBOOKS, "*.ipynb"), ("tables", store.DATA / "results", "*.csv"),
+                                 ("figures", store.ROOT / "figures", "*.png")):
+        for file in sorted((folder / part).glob(pattern)):
+            with store.replacing(place / file.name) as temporary:
+                shutil.copyfile(file, temporary)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m tsae", description=__doc__)
+    parser.add_argument("--preset", default="embedded", help="a file of notebooks/presets, or a path to a yaml file")
+    parser.add_argument("-p", action="append", default=[], metavar="name=value", help="set a notebook parameter")
+    parser.add_argument("--only", nargs="+", default=[], metavar="NN", help="only these notebooks, by their numbers")
+    parser.add_argument("--out", default="", help="run folder; default: data/runs/<preset>, with a hash where -p is given")
+    options = parser.parse_args(arguments)
+    assigned = dict(read_assignment(text) for text in options.p)
+    settings = read_preset(options.preset) | assigned
+    notebooks = sorted(NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"))
+    wanted = [path for path in notebooks if not options.only or path.name[:2] in options.only]
+    missing = set(options.only) - {path.name[:2] for path in notebooks}
+    if missing or not wanted:
+        raise SystemExit(f"there is no notebook {', '.join(sorted(missing))}: there are "
+                         f"{', '.join(path.stem for path in notebooks)}")
+    parameters = {path.name: declared(path) for path in notebooks}
+    check(settings, parameters)
+    name = Path(options.preset).stem + (f"-{store.key(**assigned)}" if assigned else "")
+    folder = Path(options.out).resolve() if options.out else store.DATA / "runs" / name
+    print(f"run folder {os.path.relpath(folder)}", flush=True)
+    key = ""
+    for i, path in enumerate(wanted):
+        own = {name: value for name, value in (settings | {"run": str(folder)}).items() if name in parameters[path.name]}
+        key = run(path, own, folder, key, f"[{i + 1}/{len(wanted)}] {path.stem}")
+    evidence = folder / "tables" / "evidence.csv"
+    if evidence.is_file():
+        print(store.read_table(evidence).to_string(index=False, na_rep=""))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except KeyboardInterrupt:
+        raise SystemExit("interrupted: what was finished is kept, and the same command goes on from there") from None
+    except papermill.PapermillExecutionError as error:
+        raise SystemExit(f"cell {error.exec_count} failed with {error.ename}: {error.evalue}") from None

@@ -1,0 +1,193 @@
+"""One style, and one function a figure: a result table in, a plotly figure out."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import plotly.express as px
+import plotly.graph_objects as go
+import plotly.io as pio
+from IPython.display import display
+
+from tsae import store
+
+WITHOUT, WITH = "without table", "with table"
+COLOURS = {WITHOUT: "#6b7a8f", WITH: "#d9541e"}
+SEQUENCE = ["#2b6cb0", "#d9541e", "#2f855a", "#8a5cc2", "#b7791f", "#6b7a8f"]
+MARKERS = {"topk": "circle", "batchtopk": "square", "relu": "diamond", "jumprelu": "triangle-up", "gated": "x"}
+pio.templates["tsae"] = go.layout.Template(layout=dict(
+    font=dict(family="DejaVu Sans, Arial, sans-serif", size=15, color="#1a202c"), colorway=SEQUENCE,
+    title=dict(x=0.01, xanchor="left", font=dict(size=17)), paper_bgcolor="white", plot_bgcolor="white",
+    margin=dict(l=75, r=25, t=70, b=65), legend=dict(title=None, bgcolor="rgba(255,255,255,0.8)"),
+    xaxis=dict(showline=True, linecolor="#4a5568", gridcolor="#edf2f7", ticks="outside", zeroline=False),
+    yaxis=dict(showline=True, linecolor="#4a5568", gridcolor="#edf2f7", ticks="outside", zeroline=False)))
+STYLE = dict(template="tsae", width=860, height=460)
+
+
+def show(figure: go.Figure, path: str | Path = "") -> None:
+    """Display a figure, and write it: `path`.html always, `path`.png where kaleido finds a Chrome.
+
+    The stored output holds the plotly bundle and beside it the PNG, which is what viewers without JavaScript show.
+    """
+    bundle = {"application/vnd.plotly.v1+json": figure.to_plotly_json(), "text/plain": figure.layout.title.text or ""}
+    if path:
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.write_html(path.with_suffix(".html"), include_plotlyjs="directory")
+        image = picture(figure)
+        if image:
+            with store.replacing(path.with_suffix(".png")) as temporary:
+                temporary.write_bytes(image)
+            bundle["image/png"] = image
+    display(bundle, raw=True)
+
+
+def picture(figure: go.Figure) -> bytes | None:
+    """The figure as PNG, or None where there is no Chrome to draw it (or TSAE_PNG=0)."""
+    if os.environ.get("TSAE_PNG") == "0":
+        return None
+    try:
+        return figure.to_image("png", scale=1.5)
+    except Exception:  # kaleido raises its own, choreographer's and the browser's errors: a picture is never worth a run
+        return None
+
+
+def _titled(figure: go.Figure, title: str, x: str = "", y: str = "", **layout) -> go.Figure:
+    figure.update_layout(title=title, **(STYLE | layout))
+    if x:
+        figure.update_xaxes(title=x, row=figure_rows(figure))
+    if y:
+        figure.update_yaxes(title=y, col=1)
+    return figure
+
+
+def figure_rows(figure: go.Figure) -> int | None:
+    return 1 if figure._grid_ref else None
+
+
+def _facet_names(figure: go.Figure, names: dict | None = None) -> go.Figure:
+    return figure.for_each_annotation(
+        lambda a: a.update(text=(names or {}).get(a.text.split("=")[-1], a.text.split("=")[-1]), font_size=15))
+
+
+def loss_curve(table: pd.DataFrame) -> go.Figure:
+    """Columns step, train, validation (nats a token)."""
+    figure = px.line(table.melt("step", ["train", "validation"]), x="step", y="value", color="variable")
+    return _titled(figure, "Training the embedded language model", "optimiser step", "cross-entropy (nats a token)")
+
+
+def norms(table: pd.DataFrame) -> go.Figure:
+    """Columns position, layer, norm."""
+    table = table.assign(layer="layer " + table["layer"].astype(str))
+    figure = px.line(table, x="position", y="norm", color="layer", log_y=True, markers=table["position"].nunique() < 20)
+    return _titled(figure, "Activation norm by position: BOS (position 0) is a different animal", "position",
+                   "mean norm of the activation")
+
+
+def token_share(table: pd.DataFrame) -> go.Figure:
+    """Columns layer, predictor, r2."""
+    figure = px.line(table, x="layer", y="r2", color="predictor", markers=True, range_y=[min(0, table["r2"].min()), 1])
+    figure.update_xaxes(dtick=1)
+    return _titled(figure, "How much of the activation the token alone explains", "layer (resid_pre)",
+                   "share of variance explained (R²)")
+
+
+def suffix_cosine(table: pd.DataFrame) -> go.Figure:
+    """Columns n, layer, position, cosine: one heat map for each n (the paper's Fig. 5)."""
+    table = table.assign(last=table["n"].map({1: "last token", 2: "last 2 tokens", 3: "last 3 tokens"}))
+    grids = [table[table["n"] == n].pivot(index="layer", columns="position", values="cosine") for n in (1, 2, 3)]
+    figure = px.imshow(np.stack([grid.values for grid in grids]), facet_col=0, aspect="auto", zmin=0.4, zmax=1,
+                       x=grids[0].columns, y=grids[0].index.astype(str), color_continuous_scale="Viridis", origin="lower")
+    names = dict(zip(("0", "1", "2"), ("BOS + last token", "BOS + last 2", "BOS + last 3")))
+    figure.update_layout(coloraxis_colorbar=dict(title="cosine"))
+    return _titled(_facet_names(figure, names), "The last tokens nearly determine the activation", "position", "layer",
+                   width=1000, height=380)
+
+
+def gram_counts(table: pd.DataFrame) -> go.Figure:
+    """Columns n, per_million, grams (the paper's Fig. 1)."""
+    table = table.assign(seen="over " + table["per_million"].map("{:.3g}".format) + " per million tokens",
+                         n=table["n"].astype(str))
+    figure = px.bar(table, x="n", y="grams", color="seen", barmode="group", log_y=True)
+    return _titled(figure, "A few n-grams are seen enormously often", "n", "distinct n-grams")
+
+
+def error_by_count(table: pd.DataFrame) -> go.Figure:
+    """Columns count, error, sae: unigrams binned by training count (the paper's Fig. 2), with low and high quartiles."""
+    figure = px.line(table, x="count", y="error", color="sae", markers=True, log_x=True, log_y=True,
+                     error_y=table["high"] - table["error"], error_y_minus=table["error"] - table["low"],
+                     color_discrete_map=COLOURS)
+    return _titled(figure, "The more often a token was seen, the better its unigram is reconstructed",
+                   "times the token was seen in training", "normalised error of [BOS, t] (median, quartiles)")
+
+
+def unigram_activations(table: pd.DataFrame, token: str) -> go.Figure:
+    """Columns rank, activation, sae: pre-activations of one unigram over all features, sorted (the paper's Fig. 3)."""
+    figure = px.line(table, x="rank", y="activation", color="sae", log_x=True, color_discrete_map=COLOURS)
+    return _titled(figure, f"One unigram, [BOS, {token!r}], excites a handful of features strongly",
+                   "feature, by rank", "pre-activation")
+
+
+def shares(table: pd.DataFrame) -> go.Figure:
+    """Columns inputs, measure, share, sae: claim 5."""
+    figure = px.bar(table, x="measure", y="share", color="inputs", barmode="group", facet_col="sae", text_auto=".0%")
+    figure.update_yaxes(range=[0, 1.08], tickformat=".0%", matches=None)
+    return _titled(_facet_names(figure), "Features that short n-grams activate", "", "share", width=1000)
+
+
+def pareto(table: pd.DataFrame, title: str = "With the table, better reconstruction at every sparsity") -> go.Figure:
+    """Columns architecture, table, l0, metric, value, low, high: a front for each architecture, with and without table."""
+    figure = px.line(table, x="l0", y="value", color="table", facet_col="metric", symbol="architecture",
+                     line_dash="architecture", log_x=True, log_y=True, error_y=table["high"] - table["value"],
+                     error_y_minus=table["value"] - table["low"], color_discrete_map=COLOURS, symbol_map=MARKERS)
+    figure.update_yaxes(matches=None, showticklabels=True).update_traces(marker_size=8)
+    figure.for_each_trace(lambda trace: trace.update(name=", ".join(reversed(trace.name.split(", ")))))
+    return _titled(_facet_names(figure), title, "L0 (active features a token)", "lower is better", width=1060, height=500)
+
+
+def bars(table: pd.DataFrame, x: str, title: str, label: str, colour: str | None = None) -> go.Figure:
+    """Horizontal bars with intervals: columns `x` (the names), value, low, high."""
+    figure = px.bar(table, y=x, x="value", color=colour, barmode="group", orientation="h",
+                    error_x=table["high"] - table["value"], error_x_minus=table["value"] - table["low"],
+                    color_discrete_map=COLOURS)
+    figure.update_yaxes(autorange="reversed", title=None)
+    return _titled(figure, title, label, height=150 + 34 * table[x].nunique() * (2 if colour else 1))
+
+
+def speedup(table: pd.DataFrame) -> go.Figure:
+    """Columns where (model, layer), metric, value, low, high: tokens the baseline needed over tokens the tokenized needed."""
+    figure = px.scatter(table, x="where", y="value", color="metric", error_y=table["high"] - table["value"],
+                        error_y_minus=table["value"] - table["low"])
+    figure.update_traces(marker_size=11).update_yaxes(rangemode="tozero")
+    figure.add_hline(y=1, line_dash="dot", line_color="#4a5568")
+    return _titled(figure, "Training speed-up: baseline tokens / tokenized tokens to the same quality", " ",
+                   "times fewer tokens", width=1000)
+
+
+def unigram_classes(table: pd.DataFrame) -> go.Figure:
+    """Columns size, table, answers, share (the paper's Fig. 7)."""
+    figure = px.bar(table, x="size", y="share", color="answers", facet_col="table",
+                    color_discrete_sequence=["#cbd5e0", "#90cdf4", "#3182ce", "#1a365d"])
+    figure.update_yaxes(tickformat=".0%").update_xaxes(type="category")
+    return _titled(_facet_names(figure), "Features by the number of unigrams they answer to", "dictionary size",
+                   "share of live features")
+
+
+def thresholds(table: pd.DataFrame, at: float) -> go.Figure:
+    """Columns threshold, share, table, low, high: sensitivity of claim 7 to its threshold."""
+    figure = px.line(table, x="threshold", y="share", color="table", markers=True, color_discrete_map=COLOURS,
+                     error_y=table["high"] - table["share"], error_y_minus=table["share"] - table["low"])
+    figure.update_yaxes(tickformat=".0%", rangemode="tozero").add_vline(x=at, line_dash="dot", line_color="#4a5568")
+    return _titled(figure, "Features that answer to some unigram, over the threshold",
+                   "threshold on the activation (share of the rms norm of the centred activations)",
+                   "share of live features")
+
+
+def tokens_by_frequency(table: pd.DataFrame) -> go.Figure:
+    """Columns frequency, measure, table, value, low, high: effective tokens within firing-frequency bins."""
+    figure = px.line(table, x="frequency", y="value", color="table", facet_col="measure", markers=True, log_x=True,
+                     log_y=True, error_y=table["high"] - table["value"], error_y_minus=table["value"] - table["low"],
+                     color_discrete_map=COLOURS)
+    return _titled(_facet_names(figure), "How many tokens a feature stands for, at equal firing frequency",
+                   "firing frequency (share of positions)", "effective number of tokens", width=1060)
