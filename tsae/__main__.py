@@ -89,12 +89,15 @@ def code_of(notebook: Path) -> list[str]:
 
 
 def publish(folder: Path) -> None:
-    """Copy a run's executed notebooks, tables and pictures over those in the repository."""
-    for part, place, pattern in (("notebooks", NOTEBOOKS, "*.ipynb"), ("tables", store.DATA / "results", "*.csv"),
-                                 ("figures", store.ROOT / "figures", "*.png")):
+    """Copy a run's tables and pictures over those in the repository, with a manifest that ties the two together."""
+    results, figures = store.DATA / "results", store.ROOT / "figures"
+    for part, place, pattern in (("tables", results, "*.*"), ("figures", figures, "*.png")):
         for file in sorted((folder / part).glob(pattern)):
             with store.replacing(place / file.name) as temporary:
                 shutil.copyfile(file, temporary)
+    store.write_json(figures / "manifest.json", dict(
+        tables=store.digest(results / "manifest.json"), notebook="05_figures",
+        figures={file.name: store.digest(file) for file in sorted(figures.glob("*.png"))}))
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -103,12 +106,16 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("-p", action="append", default=[], metavar="name=value", help="set a notebook parameter")
     parser.add_argument("--only", nargs="+", default=[], metavar="NN", help="only these notebooks, by their numbers")
     parser.add_argument("--out", default="", help="run folder; default: data/runs/<preset>, with a hash where -p is given")
+    parser.add_argument("--publish", action="store_true",
+                        help="afterwards copy tables and figures to data/results and figures, which the README shows")
     options = parser.parse_args(arguments)
     assigned = dict(read_assignment(text) for text in options.p)
     settings = read_preset(options.preset) | assigned
+    only = options.only or [str(number) for number in settings.pop("only", [])]
+    settings.pop("only", None)
     notebooks = sorted(NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"))
-    wanted = [path for path in notebooks if not options.only or path.name[:2] in options.only]
-    missing = set(options.only) - {path.name[:2] for path in notebooks}
+    wanted = [path for path in notebooks if not only or path.name[:2] in only]
+    missing = set(only) - {path.name[:2] for path in notebooks}
     if missing or not wanted:
         raise SystemExit(f"there is no notebook {', '.join(sorted(missing))}: there are "
                          f"{', '.join(path.stem for path in notebooks)}")
@@ -119,11 +126,14 @@ def main(arguments: list[str] | None = None) -> None:
     print(f"run folder {os.path.relpath(folder)}", flush=True)
     key = ""
     for i, path in enumerate(wanted):
-        own = {name: value for name, value in (settings | {"run": str(folder)}).items() if name in parameters[path.name]}
+        own = {name: value for name, value in (settings | {"run_name": str(folder)}).items() if name in parameters[path.name]}
         key = run(path, own, folder, key, f"[{i + 1}/{len(wanted)}] {path.stem}")
+    if options.publish:
+        publish(folder)
     evidence = folder / "tables" / "evidence.csv"
     if evidence.is_file():
-        print(store.read_table(evidence).to_string(index=False, na_rep=""))
+        table = store.read_table(evidence)[["claim", "paper", "ours", "low", "high", "verdict"]]
+        print(table.to_string(index=False, na_rep="", float_format="{:.3g}".format))
 
 
 if __name__ == "__main__":

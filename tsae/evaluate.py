@@ -47,7 +47,7 @@ def interval(values: Iterable[float], level: float = 0.95) -> tuple[float, float
 def summarise(table: pd.DataFrame, by: list[str], metrics: list[str]) -> pd.DataFrame:
     """Over the runs (seeds) of each group: columns by ..., metric, value, low, high, runs; groups in order of appearance."""
     rows = []
-    for names, group in table.groupby(by, sort=False):
+    for names, group in table.groupby(by, sort=False, dropna=False):
         for metric in metrics:
             values = group[metric].dropna()
             if len(values):

@@ -1,5 +1,6 @@
 """One style, and one function a figure: a result table in, a plotly figure out."""
 
+import json
 import os
 from pathlib import Path
 
@@ -30,16 +31,17 @@ def show(figure: go.Figure, path: str | Path = "") -> None:
 
     The stored output holds the plotly bundle and beside it the PNG, which is what viewers without JavaScript show.
     """
-    bundle = {"application/vnd.plotly.v1+json": figure.to_plotly_json(), "text/plain": figure.layout.title.text or ""}
+    bundle = {"application/vnd.plotly.v1+json": json.loads(figure.to_json()), "text/plain": figure.layout.title.text or ""}
+    image = picture(figure)
+    if image:
+        bundle["image/png"] = image
     if path:
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.write_html(path.with_suffix(".html"), include_plotlyjs="directory")
-        image = picture(figure)
         if image:
             with store.replacing(path.with_suffix(".png")) as temporary:
                 temporary.write_bytes(image)
-            bundle["image/png"] = image
     display(bundle, raw=True)
 
 
@@ -56,14 +58,10 @@ def picture(figure: go.Figure) -> bytes | None:
 def _titled(figure: go.Figure, title: str, x: str = "", y: str = "", **layout) -> go.Figure:
     figure.update_layout(title=title, **(STYLE | layout))
     if x:
-        figure.update_xaxes(title=x, row=figure_rows(figure))
+        figure.update_xaxes(title=x, row=1 if figure._grid_ref else None)
     if y:
-        figure.update_yaxes(title=y, col=1)
+        figure.update_yaxes(title=y, col=1 if figure._grid_ref else None)
     return figure
-
-
-def figure_rows(figure: go.Figure) -> int | None:
-    return 1 if figure._grid_ref else None
 
 
 def _facet_names(figure: go.Figure, names: dict | None = None) -> go.Figure:
@@ -95,8 +93,9 @@ def token_share(table: pd.DataFrame) -> go.Figure:
 
 def suffix_cosine(table: pd.DataFrame) -> go.Figure:
     """Columns n, layer, position, cosine: one heat map for each n (the paper's Fig. 5)."""
-    table = table.assign(last=table["n"].map({1: "last token", 2: "last 2 tokens", 3: "last 3 tokens"}))
-    grids = [table[table["n"] == n].pivot(index="layer", columns="position", values="cosine") for n in (1, 2, 3)]
+    positions = sorted(table["position"].unique())
+    grids = [table[table["n"] == n].pivot(index="layer", columns="position", values="cosine").reindex(columns=positions)
+             for n in (1, 2, 3)]
     figure = px.imshow(np.stack([grid.values for grid in grids]), facet_col=0, aspect="auto", zmin=0.4, zmax=1,
                        x=grids[0].columns, y=grids[0].index.astype(str), color_continuous_scale="Viridis", origin="lower")
     names = dict(zip(("0", "1", "2"), ("BOS + last token", "BOS + last 2", "BOS + last 3")))
@@ -130,8 +129,11 @@ def unigram_activations(table: pd.DataFrame, token: str) -> go.Figure:
 
 
 def shares(table: pd.DataFrame) -> go.Figure:
-    """Columns inputs, measure, share, sae: claim 5."""
-    figure = px.bar(table, x="measure", y="share", color="inputs", barmode="group", facet_col="sae", text_auto=".0%")
+    """Columns sae, inputs, metric (answering, top_is_top, any_shared), value: claim 5."""
+    labels = {"answering": "answer to one", "top_is_top": "of these: same<br>top token",
+              "any_shared": "of these: share<br>a top token"}
+    table = table[table["metric"].isin(labels)].assign(measure=lambda rows: rows["metric"].map(labels))
+    figure = px.bar(table, x="measure", y="value", color="inputs", barmode="group", facet_col="sae", text_auto=".0%")
     figure.update_yaxes(range=[0, 1.08], tickformat=".0%", matches=None)
     return _titled(_facet_names(figure), "Features that short n-grams activate", "", "share", width=1000)
 

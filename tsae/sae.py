@@ -113,9 +113,12 @@ class SAE(nn.Module):
         generator = torch.Generator().manual_seed(seed)
         self.W_dec.copy_(torch.randn(self.W_dec.shape, generator=generator))
         self.normalise()
-        self.W_enc.copy_(self.W_dec * encoder_scale)
         if encoder == "kaiming":
-            nn.init.kaiming_normal_(self.W_enc, generator=generator)
+            self.W_enc.copy_(nn.init.kaiming_normal_(torch.empty(self.W_enc.shape), generator=generator))
+        elif encoder == "transpose":
+            self.W_enc.copy_(self.W_dec * encoder_scale)
+        else:
+            raise ValueError(f'encoder is {encoder!r}: expected "transpose" or "kaiming"')
         self.b_dec.copy_(mean / self.scale)
         if self.lookup != "none" and table is not None:
             if table.shape != self.W_lookup.shape:
@@ -186,7 +189,7 @@ class SAE(nn.Module):
 
     def _batch_codes(self, pre: torch.Tensor) -> torch.Tensor:
         """The k * b largest of a training batch; in use, everything above the mean smallest value kept in training."""
-        if self.training or self.threshold < 0:
+        if len(pre) and (self.training or self.threshold < 0):
             kept = self.k * len(pre)
             threshold = pre.detach().flatten().topk(kept, sorted=False).values.min().clamp_min(0)
             if self.training:
@@ -217,8 +220,8 @@ class SAE(nn.Module):
         if penalty is not None and penalty.ndim:
             loss = loss + sparsity * penalty.sum(-1).mean()
         if self.activation == "gated":
-            row = self.row(t) if self.aux_lookup else 0.0
-            gate = relu(pre) @ self.W_dec.detach() + self.b_dec.detach() + row
+            row = self.row(t).detach() if self.aux_lookup and self.lookup != "none" else 0.0
+            gate = relu(pre) @ self.W_dec.detach() + self.b_dec.detach() + row  # trains the gates, not the decoder
             loss = loss + (z - gate).square().sum(-1).mean()
         if "topk" in self.activation and dead is not None and dead.any():
             loss = loss + aux_weight * self.auxk(x, t, error.detach(), dead)
@@ -252,6 +255,6 @@ class SAE(nn.Module):
         try:
             sae = cls(**json.loads((folder / "config.json").read_text()))
             sae.load_state_dict(load_file(folder / "weights.safetensors"))
-        except (SafetensorError, json.JSONDecodeError, TypeError, RuntimeError) as error:
+        except (SafetensorError, json.JSONDecodeError, UnicodeDecodeError, TypeError, RuntimeError) as error:
             raise ValueError(f"the SAE in {folder} is damaged or of another version ({error}): save it again") from None
         return sae.eval()

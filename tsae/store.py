@@ -21,9 +21,9 @@ def model_path(name: str) -> str:
     return str(EMBEDDED) if name == "embedded" else name
 
 
-def run_folder(run: str) -> Path:
-    """Where a run keeps its tables, figures and SAEs: data/runs/<run>, or `run` itself when that is a whole path."""
-    return DATA / "runs" / run
+def run_folder(run_name: str) -> Path:
+    """Where a run keeps its tables, figures and SAEs: data/runs/<run_name>, or `run_name` itself if it is a whole path."""
+    return DATA / "runs" / run_name
 
 
 @contextmanager
@@ -51,7 +51,7 @@ def write_text(path: str | Path, text: str) -> Path:
 
 
 def write_json(path: str | Path, value: object) -> Path:
-    return write_text(path, json.dumps(value, indent=2, sort_keys=True) + "\n")
+    return write_text(path, json.dumps(value, indent=2, sort_keys=True, default=str) + "\n")
 
 
 def read_json(path: str | Path) -> dict:
@@ -73,9 +73,9 @@ def write_table(path: str | Path, table: pd.DataFrame) -> Path:
 def read_table(path: str | Path, made_by: str = "") -> pd.DataFrame:
     """A result table. Raises FileNotFoundError that names the notebook which makes it."""
     if not Path(path).is_file():
-        hint = f": run {made_by} first with the same `run`" if made_by else ""
+        hint = f": run {made_by} first with the same `run_name`" if made_by else ""
         raise FileNotFoundError(f"there is no table {path}{hint}")
-    return pd.read_csv(path, keep_default_na=False, na_values=[""])
+    return pd.read_csv(path, keep_default_na=False, na_values=[""], lineterminator="\n")
 
 
 def result(folder: Path, name: str, table: pd.DataFrame, notebook: str, **parameters: object) -> Path:

@@ -11,6 +11,7 @@ from itertools import chain, islice
 from pathlib import Path
 
 import datasets
+import pyarrow
 import torch
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
@@ -21,7 +22,7 @@ from tsae.lm import bos_id
 DOCSTRINGS = "docstrings"
 # The installed packages whose docstrings are worth parsing: 9 in 10 characters of prose for half of the time.
 PACKAGES = "torch transformers scipy sympy sklearn pandas networkx numpy huggingface_hub datasets nnsight mpmath".split()
-SUFFIXES = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+SUFFIXES = {".txt": "text", ".jsonl": "json", ".parquet": "parquet"}
 
 
 def _docstrings_of(path: str) -> list[str]:
@@ -41,7 +42,8 @@ def docstrings(packages: Iterable[str] = PACKAGES, fresh_share: float = 0.5) -> 
     A document whose lines stood mostly (more than 1 - `fresh_share` of its characters) in earlier documents is left
     out: libraries repeat their parameter lists hundreds of times. The result is cached per set of versions.
     """
-    versions = {name: _version(name) for name in packages}
+    packages = tuple(packages)
+    versions = {name: version(name) for name in packages}
     cached = store.CACHE / f"docstrings-{store.key(versions=versions, fresh_share=fresh_share)}.json"
     if cached.is_file():
         return store.read_json(cached)["documents"]
@@ -69,7 +71,7 @@ def _folder(package: str) -> Path:
     return Path(spec.submodule_search_locations[0])
 
 
-def _version(package: str) -> str:
+def version(package: str) -> str:
     name = {"sklearn": "scikit-learn"}.get(package, package)
     try:
         return importlib.metadata.version(name).split("+")[0]  # torch's build suffix changes no docstring
@@ -99,6 +101,7 @@ def documents(corpus: str, split: str = "train", column: str = "text") -> Iterat
         return _from_files([path], split, column)
     if path.is_dir():
         files = sorted(file for file in path.rglob("*") if file.suffix in SUFFIXES and file.is_file())
+        files = [file for file in files if file.name.startswith((f"{split}-", f"{split}."))] or files  # the hub's layout
         if not files:
             raise ValueError(f"the corpus folder {corpus!r} holds no file that ends in {', '.join(SUFFIXES)}")
         return _from_files(files, split, column)
@@ -122,8 +125,13 @@ def _from_files(files: list[Path], split: str, column: str) -> Iterator[str]:
         if kind == "text":
             yield from _paragraphs(file.read_text(encoding="utf-8", errors="replace"))
             continue
-        stream = datasets.load_dataset(kind, data_files=str(file), split="train", streaming=True)
-        yield from _texts(stream, str(file), column)
+        if file.stat().st_size == 0:
+            continue
+        try:
+            yield from _texts(datasets.load_dataset(kind, data_files=str(file), split="train", streaming=True), str(file),
+                              column)
+        except (pyarrow.ArrowInvalid, UnicodeDecodeError) as error:
+            raise ValueError(f"the corpus file {file} is damaged or no {kind} ({error}): restore it") from error
 
 
 def _paragraphs(text: str, about: int = 2000) -> Iterator[str]:
@@ -141,6 +149,8 @@ def _paragraphs(text: str, about: int = 2000) -> Iterator[str]:
 
 def _texts(stream: Iterable[dict], corpus: str, column: str) -> Iterator[str]:
     for row in stream:
+        if column in row and row[column] is None:
+            continue
         if not isinstance(row.get(column), str):
             raise ValueError(f"the corpus {corpus!r} has no text column {column!r}: its columns are "
                              f"{', '.join(row)}; name one with `column`")
@@ -192,10 +202,11 @@ def _cut(stream: array, bos: int, context: int, wanted: int, name: str) -> torch
 def tokens(corpus: str, tokenizer, context: int, train_tokens: int, validation_tokens: int,
            validation_share: float = 0.05, split: str = "train", column: str = "text") -> dict[str, torch.Tensor]:
     """`pack(documents(corpus), ...)`, kept on disk: the second call with the same arguments reads no document."""
-    files = sorted(Path(corpus).expanduser().rglob("*")) if Path(corpus).is_dir() else [Path(corpus).expanduser()]
+    path = Path(corpus).expanduser()
+    files = sorted(path.rglob("*")) if path.is_dir() else [path]
     stamp = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.is_file()]
     if corpus == DOCSTRINGS:
-        stamp = {name: _version(name) for name in PACKAGES}
+        stamp = {name: version(name) for name in PACKAGES}
     backend = getattr(tokenizer, "backend_tokenizer", None)
     key = store.key(corpus=corpus, stamp=stamp, tokenizer=backend.to_str() if backend else tokenizer.name_or_path,
                     bos=bos_id(tokenizer), context=context, train_tokens=train_tokens, split=split, column=column,

@@ -16,16 +16,18 @@ from tsae.sae import SAE
 Pair = tuple[torch.Tensor, torch.Tensor]
 
 
-def activations(rows: torch.Tensor, residuals: Callable, keep: Callable, batch_rows: int = 64) -> Iterator[Pair]:
-    """Pairs x (m, d) float32, t (m,) of the positions that `keep` marks, in the order of rows (N, T), a pass at a time.
+def activations(rows: torch.Tensor, residuals: Callable, keep: Callable, batch_rows: int = 64,
+                order: torch.Tensor | None = None) -> Iterator[Pair]:
+    """Pairs x (m, d) float32, t (m,) of the positions that `keep` marks, in the `order` of rows (N, T), a pass at a time.
 
     Raises ValueError that names the row when an activation is NaN or infinite.
     """
-    for first in range(0, len(rows), batch_rows):
-        tokens = rows[first:first + batch_rows]
+    order = torch.arange(len(rows)) if order is None else order
+    for which in order.split(batch_rows):
+        tokens = rows[which]
         x, kept = residuals(tokens), keep(tokens)
         if not torch.isfinite(x).all():
-            row = first + int((~torch.isfinite(x)).flatten(1).any(1).nonzero()[0, 0])
+            row = int(which[(~torch.isfinite(x)).flatten(1).any(1).cpu()][0])
             raise ValueError(f"the language model gives NaN or infinite activations at row {row} of the tokens: load it "
                              "in float32, or leave that document out")
         yield x[kept.to(x.device)], tokens[kept].to(x.device)
@@ -40,22 +42,27 @@ def collect(rows: torch.Tensor, residuals: Callable, keep: Callable, batch_rows:
 
 def pairs(rows: torch.Tensor, residuals: Callable, keep: Callable, batch: int = 4096, buffer: int = 131072,
           seed: int = 0, epochs: int | None = None) -> Iterator[Pair]:
-    """Batches x (batch, d), t (batch,) in random order, streamed: memory never holds more than `buffer` + one pass.
+    """Batches x (batch, d), t (batch,) in random order, streamed over bounded memory.
 
-    Rows are visited in a fresh permutation each epoch; a buffer mixes their positions, and half of it is replaced at a
-    time. `epochs=None` goes on for ever. The order is a function of `seed` alone.
+    Rows are visited in a fresh permutation each epoch; a buffer of `buffer` pairs mixes their positions, and half of it
+    is replaced at a time; memory holds it twice while it is shuffled. `epochs=None` goes on for ever. The order is a
+    function of `seed` alone. Raises ValueError when an epoch has no position to give.
     """
     generator = torch.Generator().manual_seed(seed)
     held: list[Pair] = []
     epoch = 0
     while epochs is None or epoch < epochs:
-        for pair in activations(rows[torch.randperm(len(rows), generator=generator)], residuals, keep):
+        given = 0
+        for pair in activations(rows, residuals, keep, order=torch.randperm(len(rows), generator=generator)):
+            given += len(pair[1])
             held.append(pair)
             if sum(len(t) for _, t in held) >= max(buffer, 2 * batch):
                 x, t = _shuffled(held, generator)
                 used = len(t) // 2 // batch * batch
+                held = [(x[used:].clone(), t[used:].clone())]
                 yield from zip(x[:used].split(batch), t[:used].split(batch))
-                held = [(x[used:], t[used:])]
+        if not given:
+            raise ValueError("the rows hold special tokens only: there is no position to train on")
         epoch += 1
     if held:
         x, t = _shuffled(held, generator)
@@ -140,7 +147,8 @@ def fit(sae: SAE, source: Iterator[Pair], tokens: int, lr: float = 1e-3, table_l
 
     Adam on everything but the table, RowAdam with `table_lr` (units of the SAE's scale) on the table; both follow
     `schedule`. `sparsity` rises linearly over the first `sparsity_warmup` of training. A feature is dead when it has not
-    fired for `dead_after_tokens`. `check(sae) -> dict` adds columns at `checks` points, spaced evenly in log tokens.
+    fired for `dead_after_tokens`. `check(sae) -> dict` adds columns at `checks` points, spaced evenly in log tokens
+    (fewer where one batch crosses several).
     Raises FloatingPointError when the loss is not finite, ValueError when the source ends early.
     """
     table = [p for name, p in sae.named_parameters() if name == "W_lookup" and p.requires_grad]
@@ -179,8 +187,9 @@ def fit(sae: SAE, source: Iterator[Pair], tokens: int, lr: float = 1e-3, table_l
             error = (x - out["x_hat"]).square().sum(-1) / x.square().sum(-1)
             history.append(dict(tokens=seen, loss=out["loss"].item(), nmse=error.mean().item(), l0=out["l0"].item(),
                                 dead=(silent >= dead_after_tokens).float().mean().item()))
-            if checking and check:
+            if checking:
                 due = [point for point in due if point > seen]
+            if checking and check:
                 history[-1] |= check(sae.eval())
                 sae.train()
             progress.set_postfix(nmse=f"{history[-1]['nmse']:.3f}", dead=f"{history[-1]['dead']:.0%}")
@@ -208,32 +217,38 @@ def prepare(lm, rows: torch.Tensor, layer: int, batch: int = 4096, buffer: int =
 
     When streamed, `stats` come from the first `sample_rows` rows. `buffer` is the mixing buffer of `pairs`, in tokens.
     """
-    identity = dict(model=lm.name, layer=layer, batch=batch, rows=hashlib.sha256(rows.numpy().tobytes()).hexdigest(),
-                    code=store.key(**{name: store.digest(Path(__file__).with_name(name)) for name in RUN_CODE}))
+    layer = lm.layer(layer)
     fits = rows.numel() * lm.d_model * 8 < memory_gb * 1e9  # the pairs, and once more while they are put together
     x, t = collect(rows if fits else rows[:sample_rows], lm.at(layer), lm.keep)
     stats, unigrams = statistics(x, t, lm.vocabulary), lm.unigrams(layer)
+    identity = dict(model=lm.name, layer=layer, batch=batch, rows=_digest(rows), weights=_digest(unigrams),
+                    buffer=0 if fits else buffer, sample_rows=0 if fits else sample_rows,
+                    code=store.key(**{name: store.digest(Path(__file__).with_name(name)) for name in RUN_CODE}))
     if fits:
         return Data(lambda seed: held_pairs(x, t, batch, seed), stats, unigrams, identity)
     return Data(lambda seed: pairs(rows, lm.at(layer), lm.keep, batch, buffer, seed), stats, unigrams, identity)
 
 
+def _digest(tensor: torch.Tensor) -> str:
+    return hashlib.sha256(tensor.cpu().numpy().tobytes()).hexdigest()
+
+
 RUN_CODE = ("sae.py", "train.py", "lm.py")  # a change in one of these makes every trained SAE out of date
 
-# How a run starts and learns. "text" and "code" are the paper's two recipes: see the settings table of the README.
-# Rates and weights are in units of the activation scale. The start of the encoder without a table is always W_dec^T.
+# How a run starts and learns. "text" and "code" are the paper's two recipes: see the settings table of the README. Rates
+# are in units of the activation scale; table_lr 0 is the common rate. Without a table the encoder starts at W_dec.
 _CODE = dict(start="unigram", table_scale=0.5, encoder="transpose", encoder_scale=0.5, encoder_sees="full",
-             lr=1e-3, table_lr=1e-2, schedule="cosine", last_lr=0.3, aux_weight=0.0, aux_lookup=False)
+             table_lr=1e-2, schedule="cosine", last_lr=0.3, aux_weight=0.0, aux_lookup=False)
 RECIPES = {
     "code": _CODE,
-    "text": _CODE | dict(table_scale=1.0, encoder="kaiming", table_lr=1e-3),
+    "text": _CODE | dict(table_scale=1.0, encoder="kaiming", table_lr=0.0),
     "ours": _CODE | dict(schedule="decay", last_lr=0.0, aux_weight=1 / 32, aux_lookup=True),
 }
 
 
 def trained(folder: Path, data: Data, *, activation: str, n: int, k: int, lookup: str, seed: int, tokens: int,
-            sparsity: float = 0.0, recipe: str = "ours", check: Callable[[SAE], dict] | None = None, checks: int = 0,
-            dead_after_tokens: int = 200_000, **changes) -> tuple[SAE, pd.DataFrame]:
+            lr: float = 1e-3, sparsity: float = 0.0, recipe: str = "ours", dead_after_tokens: int = 200_000,
+            check: Callable[[SAE], dict] | None = None, checks: int = 0, **changes) -> tuple[SAE, pd.DataFrame]:
     """An SAE trained on `data` and its history; taken from `folder` when these very settings were trained before.
 
     `recipe` names an entry of RECIPES, `changes` overrides parts of it (the ablations). Raises ValueError for unknown ones.
@@ -243,12 +258,12 @@ def trained(folder: Path, data: Data, *, activation: str, n: int, k: int, lookup
                          f"and they consist of {', '.join(RECIPES['ours'])}")
     how = RECIPES[recipe] | changes
     settings = dict(activation=activation, n=n, k=k, lookup=lookup, sparsity=sparsity, seed=seed, tokens=tokens,
-                    checks=checks, dead_after_tokens=dead_after_tokens, **how, **data.identity)
+                    lr=lr, checks=checks, dead_after_tokens=dead_after_tokens, **how, **data.identity)
     place = folder / store.key(**settings)
     if (place / "history.csv").is_file():  # written last: the rest is whole
         return SAE.load(place), pd.read_csv(place / "history.csv")
     sae = build(data, activation, n, k, lookup, seed, how)
-    history = fit(sae, data.source(seed), tokens, how["lr"], how["table_lr"], how["schedule"], how["last_lr"], sparsity,
+    history = fit(sae, data.source(seed), tokens, lr, how["table_lr"] or lr, how["schedule"], how["last_lr"], sparsity,
                   dead_after_tokens=dead_after_tokens, aux_weight=how["aux_weight"], check=check, checks=checks,
                   label=f"{activation} {'+ table ' if lookup != 'none' else ''}seed {seed}")
     sae.save(place)

@@ -1,0 +1,104 @@
+"""The command: parameters are checked before anything runs, notebooks run once, presets run on a local model."""
+
+import json
+import random
+
+import nbformat
+import pytest
+import torch
+from conftest import byte_tokenizer, tiny_network
+
+from tsae import __main__ as command
+from tsae import interop, store
+from tsae.sae import SAE
+
+SMALL = dict(context=32, n_features=64, k=4, ks="[2,4]", ks_batchtopk="[4]", relu_sparsity="[1.0]", seeds="[0,1]",
+             jumprelu_sparsity="[1.0]", gated_sparsity="[1.0]", train_tokens=6000, validation_tokens=4000, checks=2,
+             ce_rows=8, speedup_layers="[1]", layer=2, text_tokens=0, gram_rows=300, common_grams=30, sizes="[32,64]",
+             fit_rows=40, test_rows=40, suffix_rows=3, lr=0.001, batch=512)
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    """A text file of random words, enough for a few documents on either side of the split."""
+    words = "alpha beta gamma delta of the and in to a is was for on with".split()
+    draw = random.Random(0)
+    path = tmp_path / "words.txt"
+    path.write_text("\n\n".join(" ".join(draw.choices(words, k=80)) for _ in range(400)))
+    return path
+
+
+def run(preset: str, out, *notebooks: str, **values) -> None:
+    assigned = [part for name, value in values.items() for part in ("-p", f"{name}={value}")]
+    command.main(["--preset", preset, "--out", str(out), "--only", *notebooks, *assigned])
+
+
+@pytest.mark.parametrize("preset, family", [("gpt2-small", "gpt2"), ("pythia-1.4b", "gpt_neox"), ("embedded", "llama")])
+def test_presets_run_on_a_local_folder_in_hub_format(preset, family, model_folder, corpus, tmp_path, capsys):
+    run(preset, tmp_path / "run", "03", model=model_folder(family), corpus=corpus, **SMALL)
+    tables = {path.stem for path in (tmp_path / "run/tables").glob("*.csv")}
+    assert {"sweep", "fronts", "pareto", "speedups", "ablations", "gated"} <= tables
+    sweep = store.read_table(tmp_path / "run/tables/sweep.csv")
+    assert len(sweep) == 2 * 2 * (2 + 1 + 3) and sweep["nmse"].between(0, 2).all()
+    assert "done in" in capsys.readouterr().out
+
+
+def test_res_jb_reads_a_saelens_folder(model_folder, corpus, tmp_path):
+    torch.manual_seed(0)
+    sae = SAE(16, 48, "relu").start(torch.zeros(16))
+    interop.save_saelens(sae, tmp_path / "sae/blocks.2.hook_resid_pre", hook_name="blocks.2.hook_resid_pre", model_name="x")
+    run("res-jb", tmp_path / "run", "02", model=model_folder(), corpus=corpus, saelens=tmp_path / "sae",
+        saelens_folder="blocks.2.hook_resid_pre", **SMALL)
+    assert set(store.read_table(tmp_path / "run/tables/gram_shares.csv")["runs"]) == {1}
+
+
+@pytest.fixture
+def house(tmp_path, monkeypatch):
+    """A notebooks folder with two small notebooks, which write down each time they run."""
+    def notebook(name: str, *cells: str) -> None:
+        nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
+        nb.cells[0].metadata["tags"] = ["parameters"]
+        nb.metadata["kernelspec"] = dict(name="python3", display_name="Python 3", language="python")
+        nbformat.write(nb, tmp_path / "notebooks" / name)
+
+    (tmp_path / "notebooks/presets").mkdir(parents=True)
+    (tmp_path / "notebooks/presets/embedded.yaml").write_text("")
+    ran = tmp_path / "ran.txt"
+    note = f"open({str(ran)!r}, 'a').write(f'{{size}} {{rate}}\\n')"
+    notebook("01_first.ipynb", "run_name: str = 'x'\nsize: int = 3  # tokens\nrate: float = 0.5\n", note)
+    notebook("02_second.ipynb", "run_name: str = 'x'\nname: str = 'a'  # word\nflag: bool = False\n", f"open({str(ran)!r}, 'a')"
+             ".write(f'{name} {flag}\\n')")
+    monkeypatch.setattr(command, "NOTEBOOKS", tmp_path / "notebooks")
+    return tmp_path
+
+
+def test_notebooks_run_in_order_and_once(house, capsys):
+    arguments = ["--out", str(house / "run"), "-p", "size=4", "-p", "flag=true", "-p", "rate=1"]
+    command.main(arguments)
+    assert (house / "ran.txt").read_text() == "4 1\na True\n"
+    command.main(arguments)
+    assert (house / "ran.txt").read_text() == "4 1\na True\n" and capsys.readouterr().out.count("done before") == 2
+    command.main([*arguments, "-p", "name=b"])
+    assert (house / "ran.txt").read_text() == "4 1\na True\nb True\n", "only the notebook that has the parameter"
+    assert json.loads((house / "run/done/02_second.json").read_text())["parameters"]["name"] == "b"
+    assert (house / "run/notebooks/02_second.ipynb").is_file()
+
+
+@pytest.mark.parametrize("assignment, words", [
+    ("sise=4", "no notebook has a parameter 'sise': did you mean 'size'"), ("size=four", "size is 'four', a str: expected a int"),
+    ("flag=1", "expected a bool"), ("size", "name=value")])
+def test_wrong_parameters_are_refused_before_anything_runs(house, assignment, words):
+    with pytest.raises(SystemExit, match=words):
+        command.main(["--out", str(house / "run"), "-p", assignment])
+    assert not (house / "ran.txt").exists()
+
+
+def test_unknown_presets_and_notebooks(house):
+    with pytest.raises(SystemExit, match="no preset 'gpt9': the presets are embedded"):
+        command.main(["--preset", "gpt9"])
+    with pytest.raises(SystemExit, match="no notebook 07"):
+        command.main(["--only", "07"])
+
+
+def test_the_tiny_families_are_what_their_names_say():
+    assert type(tiny_network("gpt_neox")).__name__ == "GPTNeoXForCausalLM" and byte_tokenizer().bos_token_id == 0

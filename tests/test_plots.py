@@ -1,0 +1,47 @@
+"""Every figure is drawn from the committed tables; a picture is made where a Chrome is at hand."""
+
+import json
+
+import pandas as pd
+import plotly.graph_objects as go
+import pytest
+
+from tsae import plots
+
+FRONT = pd.DataFrame([dict(architecture=a, table=t, l0=k, metric=m, value=1 / k, low=0.9 / k, high=1.1 / k)
+                      for a in ("topk", "gated") for t in (plots.WITHOUT, plots.WITH) for k in (4, 8)
+                      for m in ("nmse", "ce_added")])
+
+
+def test_a_front_has_one_line_a_kind_and_carries_the_values():
+    figure = plots.pareto(FRONT)
+    assert len(figure.data) == 2 * 2 * 2
+    trace = next(t for t in figure.data if t.name == "topk, " + plots.WITH)
+    assert list(trace.x) == [4, 8] and list(trace.y) == [0.25, 0.125]
+    assert list(trace.error_y.array) == pytest.approx([0.025, 0.0125])
+    assert trace.line.color == plots.COLOURS[plots.WITH]
+
+
+def test_suffix_cosines_keep_their_places():
+    table = pd.DataFrame([dict(n=n, layer=layer, position=p, cosine=n / 10 + layer / 100)
+                          for n in (1, 2, 3) for layer in (0, 1) for p in range(n, 6)])
+    figure = plots.suffix_cosine(table)
+    assert len(figure.data) == 3 and figure.data[2].z[1][-1] == pytest.approx(0.31)
+    assert figure.data[2].z[0][0] != figure.data[2].z[0][0], "a position without a suffix of three is empty"
+
+
+def test_show_writes_the_page_and_leaves_a_bundle(tmp_path, monkeypatch):
+    shown = []
+    monkeypatch.setattr(plots, "display", lambda bundle, raw: shown.append(bundle))
+    monkeypatch.setattr(plots, "picture", lambda figure: b"png")
+    plots.show(go.Figure(layout_title_text="a title"), tmp_path / "figures/one")
+    assert (tmp_path / "figures/one.png").read_bytes() == b"png" and (tmp_path / "figures/one.html").is_file()
+    assert json.dumps(shown[0]["application/vnd.plotly.v1+json"]) and shown[0]["image/png"] == b"png"
+
+
+def test_no_chrome_costs_the_picture_only(tmp_path, monkeypatch):
+    monkeypatch.setattr(go.Figure, "to_image", lambda *_, **__: (_ for _ in ()).throw(RuntimeError("no Chrome")))
+    shown = []
+    monkeypatch.setattr(plots, "display", lambda bundle, raw: shown.append(bundle))
+    plots.show(go.Figure(), tmp_path / "one")
+    assert "image/png" not in shown[0] and (tmp_path / "one.html").is_file() and not (tmp_path / "one.png").exists()

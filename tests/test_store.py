@@ -1,0 +1,99 @@
+"""Oracle: round trips, and what lies in the folder afterwards."""
+
+import hashlib
+import json
+import stat
+
+import pandas as pd
+import pytest
+
+from tsae import store
+
+# Tokens that a careless csv reader loses: names of missing values, blanks, line ends, separators, quotes, numbers.
+HARD = ["NA", "nan", "None", "null", " ", " the", "a\nb", "\n", "\r\n", "\r", ",", '"', '""', "#", "007", "1e5", "é", "\\n"]
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
+    path = store.write_text(tmp_path / "a.txt", "old")
+    with pytest.raises(KeyboardInterrupt):
+        with store.replacing(path) as temporary:
+            temporary.write_text("half of the n")
+            assert path.read_text() == "old" and temporary.parent == path.parent  # one file system: the move is atomic
+            raise KeyboardInterrupt
+    assert path.read_text() == "old" and names(tmp_path) == ["a.txt"]
+    with pytest.raises(ValueError):
+        with store.replacing(tmp_path / "never.txt"):
+            raise ValueError
+    assert names(tmp_path) == ["a.txt"]
+
+
+def test_a_write_replaces_and_makes_folders(tmp_path):
+    path = tmp_path / "new" / "folder" / "a.txt"
+    for text in ("one", "two: äöü €\n"):
+        assert store.write_text(path, text) == path and path.read_bytes() == text.encode("utf-8")
+    assert names(path.parent) == ["a.txt"] and stat.S_IMODE(path.stat().st_mode) == 0o644
+
+
+def test_tables_survive_the_round_trip(tmp_path):
+    count = len(HARD)
+    table = pd.DataFrame(dict(token=HARD, count=range(count), share=[i / 7 for i in range(count)], dead=[True] * count))
+    table.loc[3, "share"] = float("nan")
+    back = store.read_table(store.write_table(tmp_path / "a.csv", table))
+    assert back.token.tolist() == HARD and back["count"].tolist() == list(range(count)) and back.dead.all()
+    assert back["count"].dtype == int and back.dead.dtype == bool
+    assert back.share.dropna().tolist() == pytest.approx(table.share.dropna().tolist(), rel=1e-5)
+    assert back.share.isna().tolist() == table.share.isna().tolist()
+    assert (tmp_path / "a.csv").read_text().splitlines()[:3] == ["token,count,share,dead", "NA,0,0,True",
+                                                                 "nan,1,0.142857,True"]
+    first = store.digest(tmp_path / "a.csv")
+    assert store.digest(store.write_table(tmp_path / "b.csv", back)) == first  # six digits of six digits are the same
+
+
+def test_a_missing_table_names_its_notebook(tmp_path):
+    with pytest.raises(FileNotFoundError, match="a.csv: run 03_train first"):
+        store.read_table(tmp_path / "a.csv", "03_train")
+    with pytest.raises(FileNotFoundError, match="a.csv$"):
+        store.read_table(tmp_path / "a.csv")
+
+
+def test_json_survives_the_round_trip_and_its_errors_name_the_file(tmp_path):
+    value = {"b": [1, 2.5, None, True], "a": {"é": "ü"}}
+    path = store.write_json(tmp_path / "a.json", value)
+    assert store.read_json(path) == value and path.read_text().index('"a"') < path.read_text().index('"b"')
+    circular: dict = {}
+    circular["a"] = circular
+    with pytest.raises(ValueError, match="Circular"):
+        store.write_json(path, circular)
+    assert store.read_json(path) == value  # still the old one
+    for wrong in (b"{", b"", b'{"a": "\xff"}'):
+        path.write_bytes(wrong)
+        with pytest.raises(ValueError, match="a.json is not valid JSON.*make it again"):
+            store.read_json(path)
+    path.write_text("[1]")
+    with pytest.raises(ValueError, match="a.json holds a list"):
+        store.read_json(path)
+
+
+def test_results_leave_a_line_in_the_manifest(tmp_path):
+    for name in ("b", "a", "b"):  # the second b replaces the first
+        path = store.result(tmp_path, name, pd.DataFrame({"x": [1]}), "03_train", seed=4)
+    lines = json.loads((tmp_path / "tables" / "manifest.json").read_text())
+    assert names(tmp_path / "tables") == ["a.csv", "b.csv", "manifest.json"] and sorted(lines) == ["a.csv", "b.csv"]
+    assert lines["b.csv"]["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert lines["b.csv"]["notebook"] == "03_train" and lines["b.csv"]["parameters"] == {"seed": 4}
+
+
+def test_a_key_is_a_function_of_the_parameters_and_not_of_their_order():
+    first = store.key(a=1, b={"x": 2, "y": [1, 2]})
+    assert first == store.key(b={"y": [1, 2], "x": 2}, a=1) and len(first) == 12 and int(first, 16)
+    changed = [dict(a=1, b={"x": 2, "y": [2, 1]}), dict(a=1), dict(a="1"), dict(b=1)]
+    assert len({store.key(**parameters) for parameters in changed} | {first}) == 5
+
+
+def test_places(tmp_path):
+    assert store.model_path("embedded") == str(store.EMBEDDED) and store.model_path("owner/name") == "owner/name"
+    assert store.run_folder("smoke") == store.DATA / "runs" / "smoke" and store.run_folder(str(tmp_path)) == tmp_path

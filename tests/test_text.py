@@ -1,0 +1,222 @@
+"""Oracle: the stream of tokens written out document by document; files written by hand."""
+
+import hashlib
+from itertools import chain
+
+import datasets
+import pandas as pd
+import pytest
+import torch
+from conftest import byte_tokenizer
+
+from tsae import store, text
+
+TOKENIZER = byte_tokenizer()
+DOCUMENTS = [f"Document {i} says {i * i}. " * (1 + i % 7) for i in range(300)]
+ALL = dict(train_tokens=0, validation_tokens=0, validation_share=0.2)
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(store, "CACHE", tmp_path / "cache")
+
+
+def naive_stream(documents):
+    return list(chain.from_iterable([*TOKENIZER(text)["input_ids"], 0] for text in documents))
+
+
+def sides(documents, share=0.2):
+    return {"validation": [d for d in documents if text.is_validation(d, share)],
+            "train": [d for d in documents if not text.is_validation(d, share)]}
+
+
+def write(folder, name, texts, column="text"):
+    path, table = folder / name, pd.DataFrame({"id": range(len(texts)), column: texts})
+    if path.suffix == ".parquet":
+        table.to_parquet(path)
+    else:
+        path.write_text(table.to_json(orient="records", lines=True) if path.suffix == ".jsonl" else "".join(texts))
+    return path
+
+
+def test_rows_are_bos_and_a_slice_of_the_stream():
+    rows = text.pack(iter(DOCUMENTS), TOKENIZER, 16, **ALL)
+    for name, documents in sides(DOCUMENTS).items():
+        stream = naive_stream(documents)
+        expected = [[0, *stream[i:i + 15]] for i in range(0, len(stream) - 14, 15)]  # what is left over makes no row
+        assert rows[name].tolist() == expected and rows[name].dtype == torch.int32
+    assert TOKENIZER.decode(rows["train"][0, 1:].tolist()) == sides(DOCUMENTS)["train"][0][:15]
+
+
+def test_blank_documents_make_no_tokens():
+    blank = text.pack(["", *DOCUMENTS, "  \n"], TOKENIZER, 16, **ALL)
+    assert all(torch.equal(rows, blank[name]) for name, rows in text.pack(DOCUMENTS, TOKENIZER, 16, **ALL).items())
+
+
+@pytest.mark.parametrize("train, validation", [(1, 1), (160, 33), (1600, 0)])
+def test_the_tokens_asked_for_are_the_first_ones(train, validation):
+    whole = text.pack(DOCUMENTS, TOKENIZER, 16, **ALL)
+    rows = text.pack(DOCUMENTS, TOKENIZER, 16, train, validation, 0.2)
+    for name, asked in dict(train=train, validation=validation).items():
+        assert torch.equal(rows[name], whole[name][:len(rows[name])])
+        assert 0 <= rows[name].numel() - asked < 16 if asked else len(rows[name]) == len(whole[name])
+
+
+def test_reading_stops_when_both_sides_are_full():
+    read = []
+    long = (read.append(i) or f"Document {i} says {i * i}." for i in range(5000))
+    text.pack(long, TOKENIZER, 16, 500, 500, 0.2)
+    assert len(read) <= 1001
+
+
+def test_the_split_is_by_document_whatever_the_order():
+    share = sum(text.is_validation(f"{i}", 0.1) for i in range(5000)) / 5000
+    assert abs(share - 0.1) < 4 * (0.1 * 0.9 / 5000) ** 0.5
+    assert not any(text.is_validation(d, 0.0) for d in DOCUMENTS) and all(text.is_validation(d, 1.0) for d in DOCUMENTS)
+    assert all(text.is_validation(d, 0.2) for d in DOCUMENTS if text.is_validation(d, 0.1))  # a larger share adds
+    for order in (DOCUMENTS, DOCUMENTS[::-1], DOCUMENTS + DOCUMENTS[:100]):  # the last: documents that occur twice
+        rows = text.pack(order, TOKENIZER, 400, **ALL)
+        for name, documents in sides(DOCUMENTS).items():
+            seen = TOKENIZER.decode(rows[name][:, 1:].flatten().tolist()).split("<|endoftext|>")[:-1]  # the last is cut
+            assert set(seen) <= set(documents) and len(set(seen)) > len(documents) - 20
+
+
+@pytest.mark.parametrize("documents, sentence", [
+    ([], "0 train tokens"), ([""], "0 train tokens"), (["short"], "tokens, fewer than one row of 63"),
+    (sides(DOCUMENTS)["train"], "0 validation tokens.*one side or the other whole.*context")])
+def test_a_corpus_without_a_row_gets_a_sentence(documents, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        text.pack(documents, TOKENIZER, 64, **ALL)
+
+
+TEXTS = ["First, 'quoted'.\n", "Zweites Dokument: äöü €\n", "\tthird \"one\"\n"]
+
+
+@pytest.mark.parametrize("name, expected", [("a.jsonl", TEXTS), ("a.parquet", TEXTS), ("a.txt", ["".join(TEXTS)])])
+def test_files_give_their_documents(tmp_path, name, expected):
+    path = write(tmp_path, name, TEXTS)
+    assert list(text.documents(str(path))) == expected
+    assert list(text.documents(str(tmp_path))) == expected  # a folder of it
+
+
+def test_a_text_file_is_cut_at_blank_lines(tmp_path):
+    paragraphs = [f"{i} " + "x" * (37 * i % 400) + "\nand a second line" for i in range(100)]
+    path = write(tmp_path, "a.txt", ["\n\n".join(paragraphs)])
+    found = list(text.documents(str(path)))
+    assert "\n\n".join(found) == path.read_text() and [p for d in found for p in d.split("\n\n")] == paragraphs
+    assert all(2000 <= len(d) < 2600 for d in found[:-1]) and len(found) > 5
+
+
+def test_a_folder_gives_its_files_in_order(tmp_path):
+    for name in ("b/x.jsonl", "a.parquet", "c.txt", "README.md"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        write(tmp_path, name, [name])
+    assert list(text.documents(str(tmp_path))) == ["a.parquet", "b/x.jsonl", "c.txt"]
+
+
+def test_the_column_can_be_named(tmp_path):
+    path = write(tmp_path, "a.jsonl", TEXTS, column="content")
+    assert list(text.documents(str(path), column="content")) == TEXTS
+    with pytest.raises(ValueError, match="no text column 'text': its columns are id, content.*`column`"):
+        list(text.documents(str(path)))
+    with pytest.raises(ValueError, match="no text column 'id'"):
+        list(text.documents(str(path), column="id"))
+
+
+def test_a_dataset_of_the_hub_is_streamed(monkeypatch):
+    asked = []
+    monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: asked.append((a, k)) or iter([{"text": "one"}]))
+    for name in ("owner/name", "owner/name:en"):
+        assert list(text.documents(name, split="test")) == ["one"]
+    wanted = dict(split="test", streaming=True)
+    assert asked == [(("owner/name", None), wanted), (("owner/name", "en"), wanted)]
+
+
+@pytest.mark.parametrize("corpus, error, sentence", [
+    ("{}/nothing", FileNotFoundError, "no corpus file or folder"), ("none.jsonl", FileNotFoundError, "no corpus file"),
+    ("{}", ValueError, "holds no file that ends in .txt"), ("{}/a.pdf", ValueError, "a.pdf ends in none of .txt"),
+    ("no-such/dataset", ValueError, "could not be opened on the Hugging Face hub.*docstrings")])
+def test_a_corpus_that_is_not_there_gets_a_sentence(tmp_path, corpus, error, sentence):
+    (tmp_path / "a.pdf").write_bytes(b"%PDF")
+    with pytest.raises(error, match=sentence):
+        list(text.documents(corpus.format(tmp_path)))
+
+
+@pytest.mark.parametrize("folder", [False, True])
+def test_tokens_are_kept_until_the_file_changes(tmp_path, monkeypatch, folder):
+    (tmp_path / "corpus").mkdir()
+    path, read, documents = write(tmp_path / "corpus", "a.jsonl", DOCUMENTS), [], text.documents
+    monkeypatch.setattr(text, "documents", lambda *a: read.append(a) or documents(*a))
+
+    def rows(context=16, **changes):
+        return text.tokens(str(path.parent if folder else path), TOKENIZER, context, **(ALL | changes))
+
+    first, second = rows(), rows()
+    assert len(read) == 1 and all(torch.equal(second[name], part) for name, part in first.items())
+    assert torch.equal(first["train"], text.pack(DOCUMENTS, TOKENIZER, 16, **ALL)["train"])
+    rows(context=17), rows(validation_share=0.5), rows(train_tokens=100)
+    assert len(read) == 4
+    write(path.parent, "a.jsonl", DOCUMENTS[::-1])  # as long as before
+    assert torch.equal(rows()["train"], text.pack(DOCUMENTS[::-1], TOKENIZER, 16, **ALL)["train"])
+
+
+MODULE = '''"""{a}"""
+import pathlib
+pathlib.Path({marker!r}).write_text("this module was executed")
+raise SystemExit
+
+class A:
+    """{b}"""
+    async def method(self):
+        """{c}
+
+            an indented line"""
+    def short(self):
+        """Too short."""
+    def none(self):
+        return """{d}"""
+'''
+
+
+def test_docstrings_are_read_and_not_executed(tmp_path):
+    a, b, c, d = (f"{name} " * 40 for name in ("module", "class", "method", "no docstring"))
+    module = tmp_path / "module.py"
+    module.write_text(MODULE.format(a=a, b=b, c=c, d=d, marker=str(tmp_path / "marker")))
+    found = text._docstrings_of(str(module))
+    assert sorted(map(str.split, found)) == sorted([a.split(), b.split(), [*c.split(), "an", "indented", "line"]])
+    assert any(document.endswith("\n\nan indented line") for document in found) and not (tmp_path / "marker").exists()
+    for broken in (b"def", b'"""\xff' + b"x" * 200 + b'"""', b'"""\x00"""'):
+        module.write_bytes(broken)
+        assert text._docstrings_of(str(module)) == []
+
+
+def test_documents_made_of_lines_seen_before_are_left_out(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    lines = [f"line {i}: {'abcdefghij'[i]} is a parameter that many functions share" for i in range(10)]
+    whole, mostly = "\n".join(lines), "\n".join([*lines[:6], "a new line of this length, to be counted as being fresh"])
+    fresh = "\n".join([lines[0], *(f"something else altogether, number {i}, of its own" for i in range(4))])
+    (tmp_path / "fake_package").mkdir()
+    (tmp_path / "fake_package" / "a.py").write_text(f'"""{whole}"""')
+    (tmp_path / "fake_package" / "b.py").write_text(f'"""{mostly}"""\ndef f():\n    """{whole}"""')
+    (tmp_path / "fake_package" / "c.py").write_text(f'"""{fresh}"""\nraise SystemExit')
+    assert sorted(text.docstrings(["fake_package"])) == sorted([whole, fresh])
+    assert sorted(text.docstrings(["fake_package"], fresh_share=0.1)) == sorted([whole, mostly, fresh])
+    assert sorted(text.docstrings(["fake_package"], fresh_share=0.9)) == [whole]
+
+
+def test_docstrings_of_an_installed_package_are_kept(monkeypatch):
+    found = text.docstrings(["nnsight"])
+    assert len(found) == len(set(found)) > 100 and min(map(len, found)) >= 100
+    sources = {d for file in text._folder("nnsight").rglob("*.py") for d in text._docstrings_of(str(file))}
+    assert set(found) <= sources and len(found) > 0.5 * len(sources)
+    assert found == sorted(found, key=lambda document: hashlib.sha256(document.encode()).hexdigest())
+    monkeypatch.setattr(text, "_folder", lambda name: pytest.fail("read again"))
+    assert text.docstrings(["nnsight"]) == found
+    monkeypatch.undo()
+    with pytest.raises(ModuleNotFoundError, match="no_such_package.*pip install"):
+        text.docstrings(["no_such_package"])
+
+
+def test_the_fingerprint_sees_order_content_and_borders():
+    prints = {text.fingerprint(d) for d in (["ab", "c"], ["c", "ab"], ["a", "bc"], ["abc"], ["ab", "c", ""], [])}
+    assert len(prints) == 6 and text.fingerprint(iter(["ab", "c"])) == text.fingerprint(["ab", "c"])

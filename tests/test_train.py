@@ -1,0 +1,329 @@
+"""Oracle: multisets of positions, naive loops, torch's own Adam, and a planted dictionary with a planted table."""
+
+from copy import deepcopy
+from itertools import islice
+
+import pytest
+import torch
+from conftest import tiny_network
+from torch.nn.functional import embedding, normalize
+
+from tsae import train
+from tsae.evaluate import nmse
+from tsae.lm import LM
+from tsae.sae import SAE
+
+torch.set_num_threads(1)  # on tensors as small as these a second thread only waits for the first
+ROWS = torch.arange(400 * 8, dtype=torch.int32).view(400, 8)  # every position has a token of its own
+D, N, V = 40, 8, 32
+
+
+def residuals(tokens):
+    """x is a function of t, so that a pair which was torn apart shows."""
+    t = tokens.double()
+    return torch.stack([t, (t * t) % 97], dim=-1)
+
+
+def keep(tokens):
+    kept = tokens % 5 != 3
+    kept[:, 0] = False
+    return kept
+
+
+def planted(m=6000, seed=0):
+    """x = 4 u[t] + a sum of two of N directions, all orthogonal; returns x (m, D), t (m,), u (V, D)."""
+    g = torch.Generator().manual_seed(seed)
+    u, directions = torch.nn.init.orthogonal_(torch.empty(V + N, D), generator=g).split([V, N])
+    t, which = torch.randint(V, (m,), generator=g), torch.randint(N, (m, 2), generator=g)
+    size = 1 + torch.rand(m, 2, 1, generator=g)
+    return 4 * u[t] + (size * directions[which]).sum(1), t, u
+
+
+def started(lookup="learned", activation="topk", seed=0, **settings):
+    sae = SAE(D, N, activation, 2, V, lookup, **settings)
+    return sae.start(torch.zeros(D), torch.zeros(V, D), seed=seed)
+
+
+def state(sae):
+    return {name: value.clone() for name, value in sae.state_dict().items()}
+
+
+def test_activations_are_the_kept_positions_in_order(tiny_gpt2):
+    rows = torch.randint(0, 257, (5, 9), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
+    rows[:, 0], rows[2, 4] = 0, 0  # BOS, and one special token inside a row
+    x, t = train.collect(rows, tiny_gpt2.at(1), tiny_gpt2.keep, batch_rows=2)
+    naive = [(tiny_gpt2.at(1)(row[None])[0, i], token) for row in rows for i, token in enumerate(row) if i and token]
+    assert torch.allclose(x, torch.stack([a for a, _ in naive]), atol=1e-5) and x.dtype == torch.float32
+    assert t.tolist() == [token for _, token in naive]
+
+
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
+def test_a_broken_activation_names_its_row(wrong):
+    def broken(tokens):
+        return residuals(tokens).masked_fill((tokens == 8 * 5 + 2).unsqueeze(-1), wrong)
+    with pytest.raises(ValueError, match="row 5 of the tokens.*float32"):
+        train.collect(ROWS, broken, keep, batch_rows=2)
+
+
+def test_pairs_give_every_kept_position_once_an_epoch_and_hold_a_bounded_number():
+    read, given, parts = [], 0, []
+
+    def counted(tokens):
+        read.append(int(keep(tokens).sum()))
+        return residuals(tokens)
+
+    for x, t in train.pairs(ROWS, counted, keep, batch=32, buffer=500, epochs=2):
+        assert torch.equal(x, residuals(t)) and len(x) == len(t)
+        assert sum(read) - given <= 500 + max(read)
+        given += len(t)
+        parts.append(t)
+    kept = ROWS[keep(ROWS)]
+    assert torch.equal(torch.cat(parts).sort().values, torch.cat([kept, kept]).sort().values)
+    assert all(len(t) == 32 for t in parts[:-1]) and max(read) < len(kept) / 2  # so 500 + one pass is not all there is
+    rows_of_a_batch = sum(len((t // 8).unique()) for t in parts[:20]) / 20
+    assert rows_of_a_batch > 24  # 32 positions of one pass in order would be of 6 rows
+
+
+@pytest.mark.parametrize("source", [
+    lambda seed: train.pairs(ROWS, residuals, keep, batch=32, buffer=500, seed=seed),
+    lambda seed: train.held_pairs(residuals(ROWS)[keep(ROWS)], ROWS[keep(ROWS)], batch=32, seed=seed)])
+def test_the_order_is_a_function_of_the_seed_and_goes_on(source):
+    kept = int(keep(ROWS).sum())
+    first, again, other = ([t for _, t in islice(source(seed), 3 * kept // 32)] for seed in (1, 1, 2))
+    assert all(torch.equal(a, b) for a, b in zip(first, again)) and not torch.equal(first[0], other[0])
+    assert len(first) == 3 * kept // 32 and not torch.equal(first[0], first[-(-kept // 32)])  # endless, another epoch
+
+
+def test_held_pairs_give_every_pair_once_an_epoch():
+    t = ROWS[keep(ROWS)]
+    batches = list(islice(train.held_pairs(residuals(t), t, batch=100), -(-len(t) // 100)))
+    assert all(torch.equal(x, residuals(tokens)) for x, tokens in batches)
+    order = torch.cat([tokens for _, tokens in batches])
+    assert not torch.equal(order, t) and torch.equal(order.sort().values, t)
+
+
+def test_statistics_by_hand():
+    x, t, table = *(planted(50)[:2]), torch.randn(V + 1, D)
+    stats = train.statistics(x, t.int(), V + 1)  # the last token never occurs
+    mean = sum(x) / 50
+    assert torch.allclose(stats["mean"], mean, atol=1e-5)
+    assert stats["scale"].item() == pytest.approx((sum(((a - mean) ** 2).sum() for a in x) / (50 * D)).item() ** 0.5)
+    assert stats["count"].tolist() == [t.tolist().count(token) for token in range(V + 1)]
+    for token, row in enumerate(train.conditional_mean(stats, prior=3.0)):
+        shrunk = torch.cat([x[t == token], mean.expand(3, D)]).mean(0)
+        assert torch.allclose(row, shrunk, atol=1e-5)
+    assert torch.allclose(train.left_over(stats, table), (x - table[t]).mean(0), atol=1e-5)
+
+
+def test_row_adam_is_adam_with_a_clock_for_every_row():
+    torch.manual_seed(0)
+    table, target = torch.randn(V, D, requires_grad=True), torch.randn(V, D)
+    alone = [row.clone().requires_grad_() for row in table.detach()]
+    ours, theirs = train.RowAdam([table], lr=0.1), [torch.optim.Adam([row], lr=0.1) for row in alone]
+    for step in range(30):
+        t = torch.arange(V) if step < 5 else torch.randint(V - 1, (4,))  # first all, then some, twice or never
+        before = table.detach().clone()
+        ours.zero_grad()
+        (embedding(t, table, sparse=True) - target[t]).pow(4).sum().backward()
+        ours.step()
+        for token in t.unique().tolist():
+            theirs[token].zero_grad()
+            ((alone[token] - target[token]).pow(4).sum() * (t == token).sum()).backward()
+            theirs[token].step()
+        untouched = ~torch.isin(torch.arange(V), t)
+        assert torch.equal(table[untouched], before[untouched])
+    assert torch.allclose(table, torch.stack(alone), atol=1e-5) and untouched.any()
+
+
+def test_the_first_step_of_a_late_row_is_the_learning_rate():
+    table = torch.zeros(2, D, requires_grad=True)
+    optimiser = train.RowAdam([table], lr=0.1)
+    for token in [0] * 50 + [1]:
+        optimiser.zero_grad()
+        (embedding(torch.tensor([token]), table, sparse=True) * 7).sum().backward()
+        optimiser.step()
+    assert torch.allclose(table[1], torch.full((D,), -0.1)) and torch.allclose(table[0], torch.full((D,), -5.0))
+
+
+def test_learning_rate_schedules():
+    rate = train.learning_rate
+    assert [rate(p, "cosine", 0.3) for p in (0, 0.5, 1)] == pytest.approx([1, 0.65, 0.3])
+    assert [rate(p, "decay", 0.0) for p in (0, 0.5, 0.8, 0.9, 1)] == pytest.approx([1, 1, 1, 0.5, 0])
+    with pytest.raises(ValueError, match="cosine.*decay"):
+        rate(0.5, "linear", 0.0)
+
+
+def test_the_first_step_of_fit_by_hand():
+    x, t, _ = planted(64)
+    sae = started(scale=2.0)
+    by_hand = deepcopy(sae)
+    loss = by_hand.loss(x, t % 3)["loss"]
+    loss.backward()
+    history = train.fit(sae, iter([(x, t % 3)]), 64, lr=0.01, table_lr=0.1)
+    assert history.loss[0] == pytest.approx(loss.item())
+    assert history.nmse[0] == pytest.approx(nmse(x, by_hand(x, t % 3)))
+    for name, rate in dict(W_enc=0.01, b_enc=0.01, W_dec=0.01, b_dec=0.01, W_lookup=0.1).items():
+        p, g = getattr(by_hand, name), getattr(by_hand, name).grad.to_dense()
+        expected = p.detach() - rate * g / (g.abs() + 1e-8)
+        expected = normalize(expected, dim=1) if name == "W_dec" else expected
+        assert torch.allclose(getattr(sae, name), expected, atol=1e-5)
+    assert sae.W_lookup[:3].all() and not sae.W_lookup[3:].any() and not sae.training
+
+
+def test_the_schedule_rules_both_optimisers(monkeypatch):
+    asked = []
+    monkeypatch.setattr(train, "learning_rate", lambda *arguments: asked.append(arguments) or 0.0)
+    sae = started()
+    before = state(sae)
+    train.fit(sae, train.held_pairs(*planted()[:2], batch=50), 200, schedule="cosine", last_lr=0.3)
+    assert all(torch.allclose(value, before[name], atol=1e-6) for name, value in sae.state_dict().items())
+    assert asked == [(i / 4, "cosine", 0.3) for i in range(4) for _ in range(2)]
+
+
+@pytest.mark.parametrize("activation", ["relu", "topk", "batchtopk", "jumprelu", "gated"])
+@pytest.mark.parametrize("lookup", ["none", "frozen", "learned"])
+def test_training_lowers_the_loss_and_moves_everything_but_a_frozen_table(lookup, activation):
+    x, t, u = planted()
+    x, results = x - 3 * u[t], []  # now `u` is the right table
+    for _ in range(2):
+        sae = SAE(D, N, activation, 2, V, lookup, scale=0.9).start(torch.zeros(D), u, seed=1)
+        before = state(sae)
+        source = train.held_pairs(x, t, batch=100, seed=1)
+        history = train.fit(sae, source, 5000, lr=1e-2, sparsity=0.01, log_every_tokens=1000)
+        results.append((sae, history))
+    assert history.tokens.tolist() == [1000, 2000, 3000, 4000, 5000] and history.loss[4] < 0.8 * history.loss[0]
+    for name, value in state(sae).items():
+        moved = (value != before[name]).reshape(len(value) if value.ndim else 1, -1).any(1)
+        assert not moved.any() if (name, lookup) == ("W_lookup", "frozen") else moved.float().mean() > 0.5, name
+        assert torch.equal(value, results[0][0].state_dict()[name])  # bit for bit
+    assert torch.allclose(sae.W_dec.norm(dim=1), torch.ones(N)) and results[0][1].equals(history)
+
+
+def test_the_table_absorbs_planted_single_token_features():
+    x, t, u = planted()
+    saes = {lookup: started(lookup) for lookup in ("none", "learned")}
+    for sae in saes.values():
+        train.fit(sae, train.held_pairs(x, t, batch=100), 30_000, lr=3e-3, table_lr=5e-2)
+    assert nmse(x, saes["learned"](x, t)) < 0.1 * nmse(x, saes["none"](x, t))
+    table = saes["learned"].W_lookup.detach()
+    assert torch.cosine_similarity(table - table.mean(0), u - u.mean(0)).min() > 0.7  # b_dec has what all rows share
+    of_tokens = {lookup: (sae.W_dec @ u.T).norm(dim=1).mean().item() for lookup, sae in saes.items()}
+    assert of_tokens["none"] > 0.8 and of_tokens["learned"] < 0.4  # and the features are freed
+
+
+class Spy(SAE):
+    """Notes what `fit` passes to the loss."""
+
+    def loss(self, x, t, sparsity, dead, aux_weight):
+        self.__dict__.setdefault("seen", []).append((sparsity, dead.tolist(), self.training))
+        return super().loss(x, t, sparsity, dead, aux_weight)
+
+
+def test_dead_is_counted_in_tokens_and_sparsity_warms_up():
+    sae = Spy(D, N, "relu").start(torch.zeros(D))
+    with torch.no_grad():
+        sae.b_enc += 100
+        sae.b_enc[5] = -1000  # never fires
+        sae.b_enc[6] = -1000  # fires for the seventh batch alone
+        sae.W_enc[6].zero_()[0] = 100
+    x = [torch.randn(50, D, generator=torch.Generator().manual_seed(i)) + 100 * (i == 6) for i in range(20)]
+    history = train.fit(sae, iter([(a, torch.zeros(50)) for a in x]), 1000, lr=0.0, sparsity=0.5, sparsity_warmup=0.2,
+                        dead_after_tokens=150, log_every_tokens=1, check=lambda sae: {}, checks=3)
+    silent5, silent6 = [50 * (i + 1) for i in range(20)], [50 * (i + 1 if i < 6 else i - 6) for i in range(20)]
+    assert history.dead.tolist() == pytest.approx([((a >= 150) + (b >= 150)) / N for a, b in zip(silent5, silent6)])
+    assert all(training for _, _, training in sae.seen) and not sae.training  # in spite of the checks
+    for i, (weight, dead, _) in enumerate(sae.seen):
+        assert weight == pytest.approx(0.5 * min(1, (50 * i + 1) / 200))
+        assert dead[5] == (50 * i >= 150) and dead[6] == (i > 0 and silent6[i - 1] >= 150) and sum(dead) <= 2
+
+
+def test_checks_come_evenly_in_log_tokens():
+    modes = []
+
+    def check(sae):
+        modes.append(sae.training)
+        return {"hundredth": 0.01 * len(modes)}
+
+    sae = started(activation="batchtopk")
+    source = train.held_pairs(*planted()[:2], batch=10)
+    history = train.fit(sae, source, 1000, check=check, checks=5, log_every_tokens=300)
+    checked = history.dropna()
+    due = [1000 * 100 ** (share - 1) for share in (0.2, 0.4, 0.6, 0.8, 1)]
+    assert checked.tokens.tolist() == [next(n for n in range(0, 1001, 10) if n >= point) for point in due]
+    assert checked.hundredth.tolist() == pytest.approx([0.01, 0.02, 0.03, 0.04, 0.05]) and modes == [False] * 5
+    assert len(history) > 5
+
+
+def test_failures_of_training_get_a_sentence():
+    x, t, _ = planted(100)
+    with pytest.raises(ValueError, match="1000 tokens.*ended after 100"):
+        train.fit(started(), iter([(x, t)]), 1000)
+    before = state(sae := started())
+    with pytest.raises(FloatingPointError, match="nan after 0 tokens.*lower `lr`"):
+        train.fit(sae, iter([(x * float("nan"), t)]), 100)
+    assert all(torch.equal(value, before[name]) for name, value in sae.state_dict().items())
+    with pytest.raises(FloatingPointError, match="inf after 100 tokens"):
+        train.fit(started(), iter([(x, t), (x * 1e30, t)]), 200)
+
+
+@pytest.fixture
+def data(tiny_gpt2):
+    rows = torch.randint(1, 257, (8, 12), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
+    return train.prepare(tiny_gpt2, rows, 1, batch=16), tiny_gpt2, rows
+
+
+def test_held_and_streamed_data_are_the_same_pairs(data):
+    held, lm, rows = data
+    streamed = train.prepare(lm, rows, 1, batch=16, buffer=32, memory_gb=0.0)
+    x, t = train.collect(rows, lm.at(1), lm.keep)
+    for ours in (held, streamed):
+        assert all(torch.equal(ours.stats[name], value) for name, value in train.statistics(x, t, 257).items())
+        assert torch.equal(ours.unigrams, lm.unigrams(1))
+        first, again, other = (next(ours.source(seed))[1] for seed in (0, 0, 1))
+        assert torch.equal(first, again) and not torch.equal(first, other)
+    assert train.prepare(lm, rows, 2, batch=16).identity != held.identity
+    assert train.prepare(lm, rows + 1, 1, batch=16).identity != held.identity
+    other_weights = LM(tiny_network("gpt2", seed=1), lm.tokenizer, lm.name)
+    assert train.prepare(other_weights, rows, 1, batch=16).identity != held.identity
+
+
+@pytest.mark.parametrize("recipe", train.RECIPES)
+def test_a_start_leaves_no_mean_error_to_the_features(data, recipe):
+    data, lm, rows = data
+    x, t = train.collect(rows, lm.at(1), lm.keep)
+    for lookup in ("none", "frozen", "learned"):
+        sae = train.build(data, "topk", 32, 2, lookup, 0, train.RECIPES[recipe])
+        error = x - sae.decode(torch.zeros(len(x), 32), t)
+        assert error.mean(0).abs().max() < 1e-4 and sae.scale == pytest.approx((x - x.mean(0)).std().item(), rel=0.01)
+        if lookup != "none":
+            scaled = train.RECIPES[recipe]["table_scale"] * data.unigrams
+            assert torch.allclose(sae.W_lookup * sae.scale, scaled, atol=1e-5)
+
+
+def test_settings_are_trained_once(data, tmp_path, monkeypatch):
+    runs, fit = [], train.fit
+    monkeypatch.setattr(train, "fit", lambda *a, **k: runs.append(a) or fit(*a, **k))
+
+    def trained(**changes):
+        settings = dict(activation="topk", n=32, k=2, lookup="learned", seed=0, tokens=200)
+        return train.trained(tmp_path, data[0], **(settings | changes))
+
+    sae, history = trained()
+    again, loaded = trained()
+    assert len(runs) == 1 and all(torch.equal(v, again.state_dict()[name]) for name, v in sae.state_dict().items())
+    assert history.columns.equals(loaded.columns) and loaded.loss.tolist() == pytest.approx(history.loss.tolist(), 1e-5)
+    changed = [dict(seed=1), dict(k=3), dict(lr=0.1), dict(recipe="code"), dict(tokens=300)]
+    for count, changes in enumerate(changed, 2):
+        trained(**changes)
+        assert len(runs) == count
+    assert [run[3:5] for run in runs[2:5]] == [(1e-3, 1e-2), (0.1, 1e-2), (1e-3, 1e-2)]  # lr and table_lr
+    next(tmp_path.glob("*/history.csv")).unlink()  # as after a power cut
+    for changes in ({}, *changed):
+        trained(**changes)
+    assert len(runs) == 7
+    trained(recipe="text", lr=0.03)
+    assert runs[-1][3:5] == (0.03, 0.03)  # the table has no rate of its own
+    with pytest.raises(ValueError, match="recipes are code, text, ours.*table_scale"):
+        trained(recipe="mine")
+    with pytest.raises(ValueError, match="table_sale"):
+        trained(table_sale=1.0)
