@@ -9,10 +9,10 @@ import pytest
 import yaml
 
 from tsae import __main__ as command
-from tsae import store
+from tsae import readme, store
 
 FLOORS = {"store": 0, "sae": 0, "lm": 0, "blind": 0, "text": 1, "train": 1, "evaluate": 1, "features": 1, "plots": 1,
-          "interop": 1, "__main__": 2}
+          "interop": 1, "readme": 1, "__main__": 2}
 NOTEBOOKS = sorted((store.ROOT / "notebooks").glob("*.ipynb"))
 PRESETS = sorted((store.ROOT / "notebooks" / "presets").glob("*.yaml"))
 RESULTS = store.DATA / "results"
@@ -81,6 +81,11 @@ def test_results_are_those_of_their_manifest():
     assert set(manifest) == {path.name for path in RESULTS.glob("*.csv")}
     for name, line in manifest.items():
         assert store.digest(RESULTS / name) == line["sha256"], f"{name} was changed after {line['notebook']} made it"
+
+
+def test_the_readme_shows_the_tables():
+    page = (store.ROOT / "README.md").read_text()
+    assert readme.written(page, RESULTS) == page, "run python -m tsae --publish"
 
 
 def test_figures_are_not_older_than_their_tables():

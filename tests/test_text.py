@@ -220,3 +220,13 @@ def test_docstrings_of_an_installed_package_are_kept(monkeypatch):
 def test_the_fingerprint_sees_order_content_and_borders():
     prints = {text.fingerprint(d) for d in (["ab", "c"], ["c", "ab"], ["a", "bc"], ["abc"], ["ab", "c", ""], [])}
     assert len(prints) == 6 and text.fingerprint(iter(["ab", "c"])) == text.fingerprint(["ab", "c"])
+
+
+def test_a_local_folder_in_hub_layout_gives_its_split(tmp_path):
+    for split, word in (("train", "seen"), ("test", "unseen")):
+        path = tmp_path / "data" / f"{split}-00000-of-00001.parquet"
+        path.parent.mkdir(exist_ok=True)
+        pd.DataFrame(dict(text=[f"{word} {i}" for i in range(3)])).to_parquet(path)
+    (tmp_path / "README.md").write_text("---\nlicense: mit\n---\n")
+    assert list(text.documents(str(tmp_path))) == ["seen 0", "seen 1", "seen 2"]
+    assert list(text.documents(str(tmp_path), split="test")) == ["unseen 0", "unseen 1", "unseen 2"]

@@ -13,7 +13,7 @@ from pathlib import Path
 import papermill
 import yaml
 
-from tsae import store
+from tsae import readme, store
 
 NOTEBOOKS = store.ROOT / "notebooks"
 SOURCE = Path(__file__).parent
@@ -89,7 +89,7 @@ def code_of(notebook: Path) -> list[str]:
 
 
 def publish(folder: Path) -> None:
-    """Copy a run's tables and pictures over those in the repository, with a manifest that ties the two together."""
+    """Copy a run's tables and pictures over the repository's, tie the two by a manifest, and write the README's tables."""
     results, figures = store.DATA / "results", store.ROOT / "figures"
     for part, place, pattern in (("tables", results, "*.*"), ("figures", figures, "*.png")):
         for file in sorted((folder / part).glob(pattern)):
@@ -98,6 +98,8 @@ def publish(folder: Path) -> None:
     store.write_json(figures / "manifest.json", dict(
         tables=store.digest(results / "manifest.json"), notebook="05_figures",
         figures={file.name: store.digest(file) for file in sorted(figures.glob("*.png"))}))
+    page = store.ROOT / "README.md"
+    store.write_text(page, readme.written(page.read_text(encoding="utf-8"), results))
 
 
 def main(arguments: list[str] | None = None) -> None:
