@@ -92,7 +92,7 @@ def bootstrap(statistic: Callable[[np.ndarray], float], groups: list[np.ndarray]
 
 
 @torch.no_grad()
-def reconstruction(sae: SAE, x: torch.Tensor, t: torch.Tensor, batch: int = 8192) -> dict[str, float]:
+def reconstruction(sae: SAE, x: torch.Tensor, t: torch.Tensor, batch: int = 1024) -> dict[str, float]:
     """nmse, fvu, l0 and the share of features that never fire on pairs x (m, d), t (m,).
 
     With a table also: `lookup_nmse`, the error of the table alone (b_dec + W_lookup[t], no features), and `lookup_share`,
@@ -102,7 +102,7 @@ def reconstruction(sae: SAE, x: torch.Tensor, t: torch.Tensor, batch: int = 8192
     fired = torch.zeros(sae.n, dtype=torch.bool, device=x.device)
     for a, tokens in zip(x.split(batch), t.split(batch)):
         codes = sae.encode(a, tokens)
-        a_hat, alone = sae.decode(codes, tokens), sae.decode(torch.zeros_like(codes[:, :1]).expand(-1, sae.n), tokens)
+        a_hat, alone = sae.decode(codes, tokens), sae.table_alone(tokens)
         errors.append(squared_errors(a, a_hat)), lookup_errors.append(squared_errors(a, alone))
         summed, lookup_summed = summed + (a - a_hat).square().sum(), lookup_summed + (a - alone).square().sum()
         l0.append((codes > 0).sum(-1)), fired.logical_or_((codes > 0).any(0))
@@ -134,6 +134,6 @@ def cross_entropy(sae: SAE, lm, rows: torch.Tensor, layer: int, baseline: dict[s
     result = dict(ce_added=ce_added(patched, baseline["ce_clean"]),
                   ce_recovered=ce_recovered(patched, baseline["ce_clean"], baseline["ce_mean"]))
     if sae.lookup != "none":
-        alone = lm.mean_nats(rows, layer, lambda x, t: sae.decode(x.new_zeros(len(x), sae.n), t))
+        alone = lm.mean_nats(rows, layer, lambda x, t: sae.table_alone(t))
         result["lookup_ce_added"] = ce_added(alone, baseline["ce_clean"])
     return result

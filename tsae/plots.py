@@ -4,6 +4,7 @@ import json
 import os
 from pathlib import Path
 
+import kaleido
 import numpy as np
 import pandas as pd
 import plotly.express as px
@@ -24,6 +25,9 @@ pio.templates["tsae"] = go.layout.Template(layout=dict(
     xaxis=dict(showline=True, linecolor="#4a5568", gridcolor="#edf2f7", ticks="outside", zeroline=False),
     yaxis=dict(showline=True, linecolor="#4a5568", gridcolor="#edf2f7", ticks="outside", zeroline=False)))
 STYLE = dict(template="tsae", width=860, height=460)
+
+
+_server: list[bool] = []
 
 
 def show(figure: go.Figure, path: str | Path = "") -> None:
@@ -50,6 +54,9 @@ def picture(figure: go.Figure) -> bytes | None:
     if os.environ.get("TSAE_PNG") == "0":
         return None
     try:
+        if not _server:
+            kaleido.start_sync_server(silence_warnings=True)  # one browser for all pictures, not one each
+            _server.append(True)
         return figure.to_image("png", scale=1.5)
     except Exception:  # kaleido raises its own, choreographer's and the browser's errors: a picture is never worth a run
         return None

@@ -97,7 +97,7 @@ class SAE(nn.Module):
         if lookup != "none":
             self.W_lookup = nn.Parameter(torch.zeros(vocabulary, d_model), requires_grad=lookup == "learned")
         if activation == "jumprelu":
-            self.log_threshold = nn.Parameter(torch.full((n,), -1.0))
+            self.log_threshold = nn.Parameter(torch.full((n,), 2.0).log())
         if activation == "batchtopk":
             self.register_buffer("threshold", torch.tensor(-1.0))  # below 0: no batch seen yet
         if activation == "gated":
@@ -164,6 +164,10 @@ class SAE(nn.Module):
         """Equation 2: reconstructed raw activations (b, d) from codes (b, n) and token ids t (b,)."""
         return (codes @ self.W_dec + self.b_dec + self.row(t)) * self.scale
 
+    def table_alone(self, t: torch.Tensor) -> torch.Tensor:
+        """Equation 2 without features: b_dec + W_lookup[t], raw (b, d), for token ids t (b,)."""
+        return (self.b_dec + self.row(t)).expand(len(t), -1) * self.scale
+
     def forward(self, x: torch.Tensor, t: torch.Tensor | None = None) -> torch.Tensor:
         """The reconstruction of raw activations x (b, d); topk never builds the dense codes."""
         if self.activation != "topk":
@@ -193,7 +197,7 @@ class SAE(nn.Module):
             kept = self.k * len(pre)
             threshold = pre.detach().flatten().topk(kept, sorted=False).values.min().clamp_min(0)
             if self.training:
-                self.threshold.copy_(threshold if self.threshold < 0 else 0.99 * self.threshold + 0.01 * threshold)
+                self.threshold.copy_(threshold if self.threshold < 0 else 0.9 * self.threshold + 0.1 * threshold)
             return relu(pre) * (pre >= threshold)
         return relu(pre) * (pre >= self.threshold)
 

@@ -1,8 +1,11 @@
 """Pairs (x, t) in random order over bounded memory, and one visible training loop."""
 
+import ctypes
 import hashlib
 import math
+import sys
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -130,6 +133,25 @@ class RowAdam(torch.optim.Optimizer):
                 p[rows] -= lr * (m / (1 - beta1**steps)) / ((v / (1 - beta2**steps)).sqrt() + group["eps"])
 
 
+@contextmanager
+def quick_products(on: bool) -> Iterator[None]:
+    """Inside, float32 matrix products may take bfloat16 (CPU) or tf32 (GPU) inputs, and the CPU keeps freed memory.
+
+    Fresh pages for every large tensor of a step cost as much as its arithmetic: glibc is asked not to give them back.
+    """
+    backends = [(torch.backends.mkldnn.matmul, "bf16"), (torch.backends.cuda.matmul, "tf32")] if on else []
+    before = [backend.fp32_precision for backend, _ in backends]
+    if on and sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        libc.mallopt(-3, 32 << 20), libc.mallopt(-1, 2**31 - 1)  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
+    try:
+        for backend, precision in backends:
+            backend.fp32_precision = precision
+        yield
+    finally:
+        for (backend, _), precision in zip(backends, before):
+            backend.fp32_precision = precision
+
+
 def learning_rate(progress: float, schedule: str, last: float) -> float:
     """Share of the peak rate at `progress` in [0, 1]: cosine to `last`, or constant and linear to `last` over the last 20 %."""
     if schedule == "cosine":
@@ -242,30 +264,32 @@ _CODE = dict(start="unigram", table_scale=0.5, encoder="transpose", encoder_scal
 RECIPES = {
     "code": _CODE,
     "text": _CODE | dict(table_scale=1.0, encoder="kaiming", table_lr=0.0),
-    "ours": _CODE | dict(schedule="decay", last_lr=0.0, aux_weight=1 / 32, aux_lookup=True),
+    "ours": _CODE | dict(table_lr=3e-2, schedule="decay", last_lr=0.0, aux_weight=0.25, aux_lookup=True),
 }
 
 
 def trained(folder: Path, data: Data, *, activation: str, n: int, k: int, lookup: str, seed: int, tokens: int,
-            lr: float = 1e-3, sparsity: float = 0.0, recipe: str = "ours", dead_after_tokens: int = 200_000,
+            lr: float = 1e-3, sparsity: float = 0.0, recipe: str = "ours", dead_after_tokens: int = 200_000, quick: bool = True,
             check: Callable[[SAE], dict] | None = None, checks: int = 0, **changes) -> tuple[SAE, pd.DataFrame]:
     """An SAE trained on `data` and its history; taken from `folder` when these very settings were trained before.
 
-    `recipe` names an entry of RECIPES, `changes` overrides parts of it (the ablations). Raises ValueError for unknown ones.
+    `recipe` names an entry of RECIPES, `changes` overrides parts of it (the ablations), `quick` is for `quick_products`.
+    Raises ValueError for an unknown recipe or change.
     """
     if recipe not in RECIPES or not set(changes) <= set(RECIPES["ours"]):
         raise ValueError(f"got recipe {recipe!r} with changes of {sorted(changes)}: the recipes are {', '.join(RECIPES)}, "
                          f"and they consist of {', '.join(RECIPES['ours'])}")
     how = RECIPES[recipe] | changes
     settings = dict(activation=activation, n=n, k=k, lookup=lookup, sparsity=sparsity, seed=seed, tokens=tokens,
-                    lr=lr, checks=checks, dead_after_tokens=dead_after_tokens, **how, **data.identity)
+                    lr=lr, quick=quick, checks=checks, dead_after_tokens=dead_after_tokens, **how, **data.identity)
     place = folder / store.key(**settings)
     if (place / "history.csv").is_file():  # written last: the rest is whole
         return SAE.load(place), pd.read_csv(place / "history.csv")
     sae = build(data, activation, n, k, lookup, seed, how)
-    history = fit(sae, data.source(seed), tokens, lr, how["table_lr"] or lr, how["schedule"], how["last_lr"], sparsity,
-                  dead_after_tokens=dead_after_tokens, aux_weight=how["aux_weight"], check=check, checks=checks,
-                  label=f"{activation} {'+ table ' if lookup != 'none' else ''}seed {seed}")
+    with quick_products(quick):
+        history = fit(sae, data.source(seed), tokens, lr, how["table_lr"] or lr, how["schedule"], how["last_lr"], sparsity,
+                      dead_after_tokens=dead_after_tokens, aux_weight=how["aux_weight"], check=check, checks=checks,
+                      label=f"{activation} {'+ table ' if lookup != 'none' else ''}seed {seed}")
     sae.save(place)
     store.write_json(place / "settings.json", settings)
     store.write_table(place / "history.csv", history)
