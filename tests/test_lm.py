@@ -73,7 +73,7 @@ def test_patch_reaches_the_kept_positions_only(tiny_gpt2):
         logits = network.lm_head(network.transformer.ln_f(hidden))
     expected = cross_entropy(logits[:, :-1][kept[:, :-1]], tokens[:, 1:][kept[:, :-1]], reduction="none")
     assert torch.allclose(patched, expected, atol=1e-4)
-    assert tiny_gpt2.mean_nats(tokens, 2, zero, batch=2) == pytest.approx(expected.mean().item(), abs=1e-4)
+    assert tiny_gpt2.mean_nats(tokens, 2, zero) == pytest.approx(expected.mean().item(), abs=1e-4)
 
 
 def test_no_gradients_are_kept(tiny_gpt2):

@@ -85,8 +85,8 @@ def test_notebooks_run_in_order_and_once(house, capsys):
 
 
 @pytest.mark.parametrize("assignment, words", [
-    ("sise=4", "no notebook has a parameter 'sise': did you mean 'size'"), ("size=four", "size is 'four', a str: expected a int"),
-    ("flag=1", "expected a bool"), ("size", "name=value")])
+    ("sise=4", "no notebook has a parameter 'sise': did you mean 'size'"), ("size=four", "size is 'four', a str: expected int"),
+    ("flag=1", "expected bool"), ("size", "name=value")])
 def test_wrong_parameters_are_refused_before_anything_runs(house, assignment, words):
     with pytest.raises(SystemExit, match=words):
         command.main(["--out", str(house / "run"), "-p", assignment])

@@ -57,7 +57,7 @@ def check(settings: dict[str, object], parameters: dict[str, dict[str, object]])
         wanted = (int, float) if isinstance(known[name], float) else type(known[name])
         if not isinstance(value, wanted) or (isinstance(value, bool) and wanted is not bool):
             raise SystemExit(f"{name} is {value!r}, a {type(value).__name__}: expected "
-                             f"a {type(known[name]).__name__} such as {known[name]!r}")
+                             f"{type(known[name]).__name__} such as {known[name]!r}")
 
 
 def sources() -> str:
@@ -65,13 +65,13 @@ def sources() -> str:
     return store.key(**{path.name: store.digest(path) for path in sorted(SOURCE.glob("*.py"))})
 
 
-def run(notebook: Path, parameters: dict[str, object], folder: Path, before: str, label: str) -> str:
-    """Execute a notebook into `folder`/notebooks unless that was done with the same inputs; returns the inputs' key."""
-    key = store.key(notebook=code_of(notebook), parameters=parameters, sources=sources(), before=before)
+def run(notebook: Path, parameters: dict[str, object], folder: Path, tables: dict[str, str], label: str) -> None:
+    """Execute a notebook into `folder`/notebooks unless that was done with the same inputs, `tables` read included."""
+    key = store.key(notebook=code_of(notebook), parameters=parameters, sources=sources(), tables=tables)
     done, executed = folder / "done" / f"{notebook.stem}.json", folder / "notebooks" / notebook.name
     if done.is_file() and executed.is_file() and store.read_json(done)["key"] == key:
         print(f"{label}  done before", flush=True)
-        return key
+        return
     print(f"{label}  running", flush=True)
     started = time.monotonic()
     executed.parent.mkdir(parents=True, exist_ok=True)
@@ -79,7 +79,13 @@ def run(notebook: Path, parameters: dict[str, object], folder: Path, before: str
     seconds = time.monotonic() - started
     store.write_json(done, dict(key=key, parameters=parameters, seconds=round(seconds, 1)))
     print(f"{label}  done in {seconds:.0f} s", flush=True)
-    return key
+
+
+def made_before(folder: Path, notebook: Path) -> dict[str, str]:
+    """Digests of the tables that notebooks with smaller numbers left in the run folder."""
+    manifest = folder / "tables" / "manifest.json"
+    lines = store.read_json(manifest) if manifest.is_file() else {}
+    return {name: line["sha256"] for name, line in lines.items() if line["notebook"] < notebook.stem}
 
 
 def code_of(notebook: Path) -> list[str]:
@@ -123,17 +129,23 @@ def main(arguments: list[str] | None = None) -> None:
                          f"{', '.join(path.stem for path in notebooks)}")
     parameters = {path.name: declared(path) for path in notebooks}
     check(settings, parameters)
-    name = Path(options.preset).stem + (f"-{store.key(**assigned)}" if assigned else "")
+    name = Path(options.preset).name.removesuffix(".yaml") + (f"-{store.key(**assigned)}" if assigned else "")
     folder = Path(options.out).resolve() if options.out else store.DATA / "runs" / name
     print(f"run folder {os.path.relpath(folder)}", flush=True)
-    key = ""
     for i, path in enumerate(wanted):
         own = {name: value for name, value in (settings | {"run_name": str(folder)}).items() if name in parameters[path.name]}
-        key = run(path, own, folder, key, f"[{i + 1}/{len(wanted)}] {path.stem}")
+        reads = {} if "model" in parameters[path.name] else made_before(folder, path)  # 01 to 04 need a model, not tables
+        try:
+            run(path, own, folder, reads, f"[{i + 1}/{len(wanted)}] {path.stem}")
+        except (papermill.PapermillExecutionError, RuntimeError) as error:
+            what = f"{error.ename}: {error.evalue}" if hasattr(error, "ename") else str(error)
+            raise SystemExit(f"{path.stem} stopped: {what}\nIts copy is in {folder / 'notebooks'}") from None
     if options.publish:
+        if settings:
+            raise SystemExit("--publish is for the defaults: the README speaks of the embedded model")
         publish(folder)
     evidence = folder / "tables" / "evidence.csv"
-    if evidence.is_file():
+    if evidence.is_file() and wanted[-1].stem == "05_figures":
         table = store.read_table(evidence)[["claim", "paper", "ours", "low", "high", "verdict"]]
         print(table.to_string(index=False, na_rep="", float_format="{:.3g}".format))
 
@@ -143,5 +155,3 @@ if __name__ == "__main__":
         main()
     except KeyboardInterrupt:
         raise SystemExit("interrupted: what was finished is kept, and the same command goes on from there") from None
-    except papermill.PapermillExecutionError as error:
-        raise SystemExit(f"cell {error.exec_count} failed with {error.ename}: {error.evalue}") from None

@@ -76,6 +76,12 @@ def l0_at_equal(l0: Iterable[float], errors: Iterable[float], error: float) -> f
     return float(np.exp(np.interp(np.log(error), xs, ys, left=np.nan, right=np.nan)))
 
 
+def error_at_equal(l0: Iterable[float], errors: Iterable[float], at: float) -> float:
+    """The error of a front at this L0, log-log linear between its points; beyond its ends, that of the nearest point."""
+    points = sorted(zip(np.log(list(l0)), np.log(list(errors))))
+    return float(np.exp(np.interp(np.log(at), [x for x, _ in points], [y for _, y in points])))
+
+
 def bootstrap(statistic: Callable[[np.ndarray], float], groups: list[np.ndarray], draws: int = 1000, seed: int = 0,
               level: float = 0.95) -> tuple[float, float, float]:
     """(estimate, low, high) of the mean over groups (seeds) of a statistic over members (features), both resampled."""

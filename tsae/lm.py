@@ -63,6 +63,12 @@ class LM:
             tracer.stop()
         return {layer: self._centre(x.float()) for layer, x in saved.items()}
 
+    @property
+    def ordinary(self) -> torch.Tensor:
+        """The ids (m,) of the tokenizer's tokens that are not special: no BOS, no rows that only pad the embedding."""
+        ids = torch.arange(min(self.vocabulary, len(self.tokenizer)))
+        return ids[~torch.isin(ids, self.special)].to(self.device)
+
     def at(self, layer: int) -> Callable[[torch.Tensor], torch.Tensor]:
         """The callable tokens (b, T) -> activations (b, T, d) at one layer."""
         layer = self.layer(layer)
@@ -71,8 +77,9 @@ class LM:
     def last(self, grams: torch.Tensor, layers: Sequence[int], batch: int = 4096) -> dict[int, torch.Tensor]:
         """Residuals at the last token of `[BOS, *gram]`: {layer: (b, d)} for token ids (b, n)."""
         rows = torch.cat([torch.full((len(grams), 1), self.bos).to(grams), grams], dim=1)
-        parts = [self.residuals(part, layers) for part in _progress(rows.split(batch), "n-grams")]
-        return {layer: torch.cat([part[layer][:, -1] for part in parts]) for layer in layers}
+        parts = [{layer: x[:, -1].clone() for layer, x in self.residuals(part, layers).items()}
+                 for part in _progress(rows.split(batch), "n-grams")]
+        return {layer: torch.cat([part[layer] for part in parts]) for layer in layers}
 
     def unigrams(self, layer: int) -> torch.Tensor:
         """A([BOS, t])[1] for every token id t: (V, d) float32."""
@@ -96,8 +103,9 @@ class LM:
         counted = kept[:, :-1]
         return cross_entropy(logits[:, :-1][counted].float(), tokens[:, 1:][counted], reduction="none")
 
-    def mean_nats(self, rows: torch.Tensor, layer: int = 0, patch=None, batch: int = 64) -> float:
+    def mean_nats(self, rows: torch.Tensor, layer: int = 0, patch=None) -> float:
         """`nats` averaged over all counted positions of rows (N, T)."""
+        batch = max(1, min(64, 2**28 // (rows.shape[1] * self.vocabulary)))  # logits of 1 GB at the most
         return torch.cat([self.nats(part, layer, patch) for part in _progress(rows.split(batch), "cross-entropy")]
                          ).mean().item()
 

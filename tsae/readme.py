@@ -26,7 +26,7 @@ def sweep(results: Path) -> str:
     fronts = store.read_table(results / "fronts.csv")
     fronts = fronts[fronts["activation"] == "topk"].set_index(["metric", "k", "table"])
     rows = []
-    for k in sorted(fronts.index.unique("k")):
+    for k in sorted(k for metric, k, table in fronts.index if table == plots.WITHOUT and metric == "nmse"):
         rows.append({"k": k})
         for metric in ("nmse", "ce_added"):
             without, with_ = fronts.loc[(metric, k, plots.WITHOUT)], fronts.loc[(metric, k, plots.WITH)]
@@ -44,7 +44,7 @@ def headline(results: Path) -> str:
     shares = shares[(shares["size"] == size) & ((shares["threshold"] - bar).abs() < 1e-9)]
     kinds = (
         ("savings", store.read_table(results / "savings.csv"), "{:.0%}",
-         "active features saved at the {of} of the baseline with L0 = {baseline_l0}"),
+         "active features saved at the {of} of the baseline with k = {baseline_k}"),
         ("speedups", store.read_table(results / "speedups.csv"), "{:.1f}",
          "times fewer training tokens to the baseline's final {of}, layer {layer}"),
         ("unigram_sensitivity", shares, "{:.1%}", "live features that answer to a unigram, {table}"))

@@ -10,6 +10,7 @@ activations, codes are in units of `scale`. Equations: Dooms and Wilhelm, arXiv 
 """
 
 import json
+import math
 import os
 from pathlib import Path
 
@@ -117,6 +118,8 @@ class SAE(nn.Module):
             self.W_enc.copy_(nn.init.kaiming_normal_(torch.empty(self.W_enc.shape), generator=generator))
         elif encoder == "transpose":
             self.W_enc.copy_(self.W_dec * encoder_scale)
+            if self.activation == "jumprelu":
+                self.log_threshold.fill_(math.log(2.0 * encoder_scale))
         else:
             raise ValueError(f'encoder is {encoder!r}: expected "transpose" or "kaiming"')
         self.b_dec.copy_(mean / self.scale)
@@ -192,7 +195,7 @@ class SAE(nn.Module):
         return codes, codes * self.W_dec.norm(dim=-1)
 
     def _batch_codes(self, pre: torch.Tensor) -> torch.Tensor:
-        """The k * b largest of a training batch; in use, everything above the mean smallest value kept in training."""
+        """The k * b largest of a training batch; in use, everything above a running mean of the smallest kept."""
         if len(pre) and (self.training or self.threshold < 0):
             kept = self.k * len(pre)
             threshold = pre.detach().flatten().topk(kept, sorted=False).values.min().clamp_min(0)
@@ -227,7 +230,7 @@ class SAE(nn.Module):
             row = self.row(t).detach() if self.aux_lookup and self.lookup != "none" else 0.0
             gate = relu(pre) @ self.W_dec.detach() + self.b_dec.detach() + row  # trains the gates, not the decoder
             loss = loss + (z - gate).square().sum(-1).mean()
-        if "topk" in self.activation and dead is not None and dead.any():
+        if aux_weight and "topk" in self.activation and dead is not None and dead.any():
             loss = loss + aux_weight * self.auxk(x, t, error.detach(), dead)
         return dict(loss=loss, x_hat=z_hat.detach() * self.scale, fired=fired, l0=l0)
 

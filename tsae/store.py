@@ -14,6 +14,7 @@ ROOT = Path(os.environ.get("TSAE_HOME") or Path(__file__).resolve().parents[1])
 DATA = ROOT / "data"
 CACHE = DATA / "cache"
 EMBEDDED = DATA / "embedded"
+STANDARD = {"model": "embedded", "corpus": "docstrings"}
 
 
 def model_path(name: str) -> str:
@@ -21,9 +22,13 @@ def model_path(name: str) -> str:
     return str(EMBEDDED) if name == "embedded" else name
 
 
-def run_folder(run_name: str) -> Path:
-    """Where a run keeps its tables, figures and SAEs: data/runs/<run_name>, or `run_name` itself if it is a whole path."""
-    return DATA / "runs" / run_name
+def run_folder(run_name: str, **inputs: str) -> Path:
+    """Where a run keeps its tables, figures and SAEs: data/runs/<run_name>, or `run_name` itself if it is a whole path.
+
+    Without a name it is the `inputs` (model, corpus) that name the folder: "embedded" for the defaults, else a hash.
+    """
+    standard = all(inputs[name] == default for name, default in STANDARD.items() if name in inputs)
+    return DATA / "runs" / (run_name or ("embedded" if standard else key(**inputs)))
 
 
 @contextmanager
@@ -78,7 +83,7 @@ def read_table(path: str | Path, made_by: str = "") -> pd.DataFrame:
     return pd.read_csv(path, keep_default_na=False, na_values=[""], lineterminator="\n")
 
 
-def result(folder: Path, name: str, table: pd.DataFrame, notebook: str, **parameters: object) -> Path:
+def result(folder: Path, name: str, table: pd.DataFrame, notebook: str, **parameters: object) -> None:
     """Write a result table to `folder`/tables/<name>.csv, and its line in the manifest there: what made it, from what."""
     path = write_table(folder / "tables" / f"{name}.csv", table)
     manifest = folder / "tables" / "manifest.json"
@@ -86,7 +91,6 @@ def result(folder: Path, name: str, table: pd.DataFrame, notebook: str, **parame
     versions = {package: version(package) for package in ("torch", "transformers", "nnsight", "datasets")}
     lines[path.name] = dict(sha256=digest(path), notebook=notebook, parameters=parameters, versions=versions)
     write_json(manifest, lines)
-    return path
 
 
 def digest(path: str | Path) -> str:

@@ -4,6 +4,7 @@ import ast
 import hashlib
 import importlib.metadata
 import importlib.util
+import sys
 from array import array
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -91,8 +92,9 @@ def documents(corpus: str, split: str = "train", column: str = "text") -> Iterat
     """The documents of a corpus, one string each.
 
     `corpus` is "docstrings" (the installed packages', no download); a .txt file (cut at blank lines into documents of
-    about 2000 characters), a .jsonl or .parquet file (one document a row), or a folder of such files; or a dataset of the Hugging Face hub, "owner/name" or "owner/name:configuration", which is
-    streamed. Raises FileNotFoundError or ValueError that says what was looked for.
+    about 2000 characters), a .jsonl or .parquet file (one document a row), or a folder of such files; or a dataset of
+    the Hugging Face hub, "owner/name" or "owner/name:configuration", which is streamed. Raises FileNotFoundError or
+    ValueError that says what was looked for.
     """
     if corpus == DOCSTRINGS:
         return iter(docstrings())
@@ -215,6 +217,10 @@ def tokens(corpus: str, tokenizer, context: int, train_tokens: int, validation_t
     if cached.is_file():
         return load_file(cached)
     rows = pack(documents(corpus, split, column), tokenizer, context, train_tokens, validation_tokens, validation_share)
+    for name, wanted in (("train", train_tokens), ("validation", validation_tokens)):
+        if rows[name].numel() < wanted:
+            tqdm.write(f"the corpus {corpus!r} has {rows[name].numel()} {name} tokens of the {wanted} asked for: it is used "
+                       "whole", file=sys.stderr)
     with store.replacing(cached) as temporary:
         save_file(rows, temporary)
     return rows

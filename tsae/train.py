@@ -137,7 +137,8 @@ class RowAdam(torch.optim.Optimizer):
 def quick_products(on: bool) -> Iterator[None]:
     """Inside, float32 matrix products may take bfloat16 (CPU) or tf32 (GPU) inputs, and the CPU keeps freed memory.
 
-    Fresh pages for every large tensor of a step cost as much as its arithmetic: glibc is asked not to give them back.
+    Fresh pages for every large tensor of a step cost as much as its arithmetic: glibc is asked not to give them back,
+    from the first use to the end of the process.
     """
     backends = [(torch.backends.mkldnn.matmul, "bf16"), (torch.backends.cuda.matmul, "tf32")] if on else []
     before = [backend.fp32_precision for backend, _ in backends]
@@ -163,14 +164,14 @@ def learning_rate(progress: float, schedule: str, last: float) -> float:
 
 def fit(sae: SAE, source: Iterator[Pair], tokens: int, lr: float = 1e-3, table_lr: float = 1e-2, schedule: str = "decay",
         last_lr: float = 0.0, sparsity: float = 0.0, sparsity_warmup: float = 0.05, dead_after_tokens: int = 200_000,
-        aux_weight: float = 1 / 32, check: Callable[[SAE], dict] | None = None, checks: int = 0,
+        aux_weight: float = 1 / 32, quick: bool = False, check: Callable[[SAE], dict] | None = None, checks: int = 0,
         log_every_tokens: int = 50_000, label: str = "training") -> pd.DataFrame:
     """Train `sae` in place on `tokens` pairs from `source`; returns its history, one row a log line.
 
     Adam on everything but the table, RowAdam with `table_lr` (units of the SAE's scale) on the table; both follow
     `schedule`. `sparsity` rises linearly over the first `sparsity_warmup` of training. A feature is dead when it has not
-    fired for `dead_after_tokens`. `check(sae) -> dict` adds columns at `checks` points, spaced evenly in log tokens
-    (fewer where one batch crosses several).
+    fired for `dead_after_tokens`; `quick` is for `quick_products`. `check(sae) -> dict` adds columns at `checks`
+    points, spaced evenly in log tokens (fewer where one batch crosses several).
     Raises FloatingPointError when the loss is not finite, ValueError when the source ends early.
     """
     table = [p for name, p in sae.named_parameters() if name == "W_lookup" and p.requires_grad]
@@ -192,11 +193,12 @@ def fit(sae: SAE, source: Iterator[Pair], tokens: int, lr: float = 1e-3, table_l
             optimiser.param_groups[0]["lr"] = peak * learning_rate(seen / tokens, schedule, last_lr)
             optimiser.zero_grad()
         weight = sparsity * min(1.0, (seen + 1) / max(1.0, sparsity_warmup * tokens))
-        out = sae.loss(x, t, weight, silent >= dead_after_tokens, aux_weight)
-        if not torch.isfinite(out["loss"]):
-            raise FloatingPointError(f"the loss is {out['loss'].item()} after {seen} tokens: lower `lr`, or check the "
-                                     "activations for outliers")
-        out["loss"].backward()
+        with quick_products(quick):
+            out = sae.loss(x, t, weight, silent >= dead_after_tokens, aux_weight)
+            if not torch.isfinite(out["loss"]):
+                raise FloatingPointError(f"the loss is {out['loss'].item()} after {seen} tokens: lower `lr`, or check the "
+                                         "activations for outliers")
+            out["loss"].backward()
         for optimiser, _ in groups:
             optimiser.step()
         sae.normalise()
@@ -240,7 +242,9 @@ def prepare(lm, rows: torch.Tensor, layer: int, batch: int = 4096, buffer: int =
     When streamed, `stats` come from the first `sample_rows` rows. `buffer` is the mixing buffer of `pairs`, in tokens.
     """
     layer = lm.layer(layer)
-    fits = rows.numel() * lm.d_model * 8 < memory_gb * 1e9  # the pairs, and once more while they are put together
+    row_bytes = rows.shape[1] * lm.d_model * 4
+    fits = 3 * len(rows) * row_bytes < memory_gb * 1e9  # the pairs, and twice more while they are put together
+    sample_rows = min(sample_rows, max(1, int(memory_gb * 1e9 / (3 * row_bytes))))
     x, t = collect(rows if fits else rows[:sample_rows], lm.at(layer), lm.keep)
     stats, unigrams = statistics(x, t, lm.vocabulary), lm.unigrams(layer)
     identity = dict(model=lm.name, layer=layer, batch=batch, rows=_digest(rows), weights=_digest(unigrams),
@@ -263,7 +267,7 @@ _CODE = dict(start="unigram", table_scale=0.5, encoder="transpose", encoder_scal
              table_lr=1e-2, schedule="cosine", last_lr=0.3, aux_weight=0.0, aux_lookup=False)
 RECIPES = {
     "code": _CODE,
-    "text": _CODE | dict(table_scale=1.0, encoder="kaiming", table_lr=0.0),
+    "text": _CODE | dict(table_scale=1.0, encoder="kaiming", table_lr=0.0, last_lr=0.0),
     "ours": _CODE | dict(table_lr=3e-2, schedule="decay", last_lr=0.0, aux_weight=0.25, aux_lookup=True),
 }
 
@@ -284,12 +288,11 @@ def trained(folder: Path, data: Data, *, activation: str, n: int, k: int, lookup
                     lr=lr, quick=quick, checks=checks, dead_after_tokens=dead_after_tokens, **how, **data.identity)
     place = folder / store.key(**settings)
     if (place / "history.csv").is_file():  # written last: the rest is whole
-        return SAE.load(place), pd.read_csv(place / "history.csv")
+        return SAE.load(place).to(data.unigrams.device), pd.read_csv(place / "history.csv")
     sae = build(data, activation, n, k, lookup, seed, how)
-    with quick_products(quick):
-        history = fit(sae, data.source(seed), tokens, lr, how["table_lr"] or lr, how["schedule"], how["last_lr"], sparsity,
-                      dead_after_tokens=dead_after_tokens, aux_weight=how["aux_weight"], check=check, checks=checks,
-                      label=f"{activation} {'+ table ' if lookup != 'none' else ''}seed {seed}")
+    history = fit(sae, data.source(seed), tokens, lr, how["table_lr"] or lr, how["schedule"], how["last_lr"], sparsity,
+                  dead_after_tokens=dead_after_tokens, aux_weight=how["aux_weight"], quick=quick, check=check,
+                  checks=checks, label=f"{activation} {'+ table ' if lookup != 'none' else ''}seed {seed}")
     sae.save(place)
     store.write_json(place / "settings.json", settings)
     store.write_table(place / "history.csv", history)
@@ -303,6 +306,10 @@ def build(data: Data, activation: str, n: int, k: int, lookup: str, seed: int, h
               how["aux_lookup"]).to(data.unigrams.device)
     if lookup == "none":
         return sae.start(data.stats["mean"], seed=seed)
-    table = dict(unigram=data.unigrams, mean=conditional_mean(data.stats))[how["start"]]
-    return sae.start(left_over(data.stats, how["table_scale"] * table), table, how["table_scale"], how["encoder_scale"],
-                     how["encoder"], seed)
+    table = start_table(data, **how)
+    return sae.start(left_over(data.stats, table), table, 1.0, how["encoder_scale"], how["encoder"], seed)
+
+
+def start_table(data: Data, start: str, table_scale: float, **_) -> torch.Tensor:
+    """Where the table of a recipe starts, raw (V, d): unigram residuals or shrunk conditional means, scaled."""
+    return table_scale * dict(unigram=data.unigrams, mean=conditional_mean(data.stats))[start]
