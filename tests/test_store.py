@@ -80,7 +80,8 @@ def test_json_survives_the_round_trip_and_its_errors_name_the_file(tmp_path):
 
 def test_results_leave_a_line_in_the_manifest(tmp_path):
     for name in ("b", "a", "b"):  # the second b replaces the first
-        path = store.result(tmp_path, name, pd.DataFrame({"x": [1]}), "03_train", seed=4)
+        store.result(tmp_path, name, pd.DataFrame({"x": [1]}), "03_train", seed=4)
+        path = tmp_path / "tables" / f"{name}.csv"
     lines = json.loads((tmp_path / "tables" / "manifest.json").read_text())
     assert names(tmp_path / "tables") == ["a.csv", "b.csv", "manifest.json"] and sorted(lines) == ["a.csv", "b.csv"]
     assert lines["b.csv"]["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
