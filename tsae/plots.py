@@ -24,7 +24,8 @@ pio.templates["tsae"] = go.layout.Template(layout=dict(
     margin=dict(l=75, r=25, t=70, b=65), legend=dict(title=None, bgcolor="rgba(255,255,255,0.8)"),
     xaxis=dict(showline=True, linecolor="#4a5568", gridcolor="#edf2f7", ticks="outside", zeroline=False),
     yaxis=dict(showline=True, linecolor="#4a5568", gridcolor="#edf2f7", ticks="outside", zeroline=False)))
-STYLE = dict(template="tsae", width=860, height=460)
+px.defaults.template, px.defaults.color_discrete_sequence = "tsae", SEQUENCE
+STYLE = dict(legend_title_text="", template="tsae", width=860, height=460)
 
 
 _server: list[bool] = []
@@ -86,7 +87,7 @@ def norms(table: pd.DataFrame) -> go.Figure:
     """Columns position, layer, norm."""
     table = table.assign(layer="layer " + table["layer"].astype(str))
     figure = px.line(table, x="position", y="norm", color="layer", log_y=True, markers=table["position"].nunique() < 20)
-    return _titled(figure, "Activation norm by position: BOS (position 0) is a different animal", "position",
+    return _titled(figure, "Activation norm by position (position 0 is BOS)", "position",
                    "mean norm of the activation")
 
 
@@ -125,7 +126,7 @@ def error_by_count(table: pd.DataFrame) -> go.Figure:
                      error_y=table["high"] - table["error"], error_y_minus=table["error"] - table["low"],
                      color_discrete_map=COLOURS)
     return _titled(figure, "The more often a token was seen, the better its unigram is reconstructed",
-                   "times the token was seen in training", "normalised error of [BOS, t] (median, quartiles)")
+                   "times the token was seen in training", "error of [BOS, t]: median, quartiles")
 
 
 def unigram_activations(table: pd.DataFrame, token: str) -> go.Figure:
@@ -142,7 +143,7 @@ def shares(table: pd.DataFrame) -> go.Figure:
     table = table[table["metric"].isin(labels)].assign(measure=lambda rows: rows["metric"].map(labels))
     figure = px.bar(table, x="measure", y="value", color="inputs", barmode="group", facet_col="sae", text_auto=".0%")
     figure.update_yaxes(range=[0, 1.08], tickformat=".0%", matches=None)
-    return _titled(_facet_names(figure), "Features that short n-grams activate", "", "share", width=1000)
+    return _titled(_facet_names(figure), "Features that short n-grams activate", " ", "share", width=1000)
 
 
 def pareto(table: pd.DataFrame, title: str = "With the table, better reconstruction at every sparsity") -> go.Figure:
