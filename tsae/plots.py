@@ -151,7 +151,8 @@ def pareto(table: pd.DataFrame, title: str = "With the table, better reconstruct
     figure = px.line(table, x="l0", y="value", color="table", facet_col="metric", symbol="architecture",
                      line_dash="architecture", log_x=True, log_y=True, error_y=table["high"] - table["value"],
                      error_y_minus=table["value"] - table["low"], color_discrete_map=COLOURS, symbol_map=MARKERS)
-    figure.update_yaxes(matches=None, showticklabels=True).update_traces(marker_size=8)
+    figure.update_yaxes(matches=None, showticklabels=True, nticks=6).update_traces(marker_size=8)
+    figure.update_xaxes(tickvals=[1, 2, 4, 8, 16, 32, 64, 128, 256])
     figure.for_each_trace(lambda trace: trace.update(name=", ".join(reversed(trace.name.split(", ")))))
     return _titled(_facet_names(figure), title, "L0 (active features a token)", "lower is better", width=1060, height=500)
 
@@ -161,8 +162,9 @@ def bars(table: pd.DataFrame, x: str, title: str, label: str, colour: str | None
     figure = px.bar(table, y=x, x="value", color=colour, barmode="group", orientation="h",
                     error_x=table["high"] - table["value"], error_x_minus=table["value"] - table["low"],
                     color_discrete_map=COLOURS)
-    figure.update_yaxes(autorange="reversed", title=None)
-    return _titled(figure, title, label, height=150 + 34 * table[x].nunique() * (2 if colour else 1))
+    figure.update_yaxes(autorange="reversed")
+    figure = _titled(figure, title, label, height=150 + 34 * table[x].nunique() * (2 if colour else 1))
+    return figure.update_yaxes(title=None).update_layout(margin_l=20 + 9 * int(table[x].str.len().max()))
 
 
 def speedup(table: pd.DataFrame) -> go.Figure:
@@ -199,5 +201,6 @@ def tokens_by_frequency(table: pd.DataFrame) -> go.Figure:
     figure = px.line(table, x="frequency", y="value", color="table", facet_col="measure", markers=True, log_x=True,
                      log_y=True, error_y=table["high"] - table["value"], error_y_minus=table["value"] - table["low"],
                      color_discrete_map=COLOURS)
+    figure.update_xaxes(exponentformat="power", dtick=1)
     return _titled(_facet_names(figure), "How many tokens a feature stands for, at equal firing frequency",
                    "firing frequency (share of positions)", "effective number of tokens", width=1060)
