@@ -33,7 +33,7 @@ def test_suffix_cosines_keep_their_places():
 def test_show_writes_the_page_and_leaves_a_bundle(tmp_path, monkeypatch):
     shown = []
     monkeypatch.setattr(plots, "display", lambda bundle, raw: shown.append(bundle))
-    monkeypatch.setattr(plots, "picture", lambda figure: b"png")
+    monkeypatch.setattr(plots, "picture", lambda figure, scale=1.0: b"png")
     plots.show(go.Figure(layout_title_text="a title"), tmp_path / "figures/one")
     assert (tmp_path / "figures/one.png").read_bytes() == b"png" and (tmp_path / "figures/one.html").is_file()
     assert json.dumps(shown[0]["application/vnd.plotly.v1+json"]) and shown[0]["image/png"] == b"png"

@@ -37,7 +37,7 @@ def show(figure: go.Figure, path: str | Path = "") -> None:
     The stored output holds the plotly bundle and beside it the PNG, which is what viewers without JavaScript show.
     """
     bundle = {"application/vnd.plotly.v1+json": json.loads(figure.to_json()), "text/plain": figure.layout.title.text or ""}
-    image = picture(figure)
+    image = picture(figure)  # small: a notebook holds every figure twice
     if image:
         bundle["image/png"] = image
     if path:
@@ -46,11 +46,11 @@ def show(figure: go.Figure, path: str | Path = "") -> None:
         figure.write_html(path.with_suffix(".html"), include_plotlyjs="directory")
         if image:
             with store.replacing(path.with_suffix(".png")) as temporary:
-                temporary.write_bytes(image)
+                temporary.write_bytes(picture(figure, 1.5))
     display(bundle, raw=True)
 
 
-def picture(figure: go.Figure) -> bytes | None:
+def picture(figure: go.Figure, scale: float = 1.0) -> bytes | None:
     """The figure as PNG, or None where there is no Chrome to draw it (or TSAE_PNG=0)."""
     if os.environ.get("TSAE_PNG") == "0":
         return None
@@ -58,7 +58,7 @@ def picture(figure: go.Figure) -> bytes | None:
         if not _server:
             kaleido.start_sync_server(silence_warnings=True)  # one browser for all pictures, not one each
             _server.append(True)
-        return figure.to_image("png", scale=1.5)
+        return figure.to_image("png", scale=scale)
     except Exception:  # kaleido raises its own, choreographer's and the browser's errors: a picture is never worth a run
         return None
 
