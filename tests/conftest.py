@@ -2,7 +2,7 @@
 
 import os
 
-os.environ.setdefault("TQDM_DISABLE", "1")
+os.environ.update(TQDM_DISABLE="1", TSAE_PNG="0")  # for the kernels of nbval too: no progress bars, no browser
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
