@@ -48,7 +48,8 @@ def headline(results: Path) -> str:
         ("speedups", store.read_table(results / "speedups.csv"), "{:.1f}",
          "times fewer training tokens to the baseline's final {of}, layer {layer}"),
         ("unigram_sensitivity", shares, "{:.1%}", "live features that answer to a unigram, {table}"))
-    return markdown([{"result": what.format(**row) + " (lower bound)" * bool(row.get("bound", False)), "value [95 % interval]": spread(row, form),
+    return markdown([{"result": what.format(**row) + " (lower bound)" * bool(row.get("bound", False)),
+                      "value [95 % interval]": spread(row, form),
                       "made by": f"`{about[f'{name}.csv']['notebook']}` ({name}.csv)"}
                      for name, table, form, what in kinds for _, row in table.iterrows()])
 
