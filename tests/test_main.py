@@ -37,7 +37,8 @@ def run(preset: str, out, *notebooks: str, **values) -> None:
 def test_training_runs_on_a_local_folder_in_hub_format(preset, family, model_folder, corpus, tmp_path):
     run(preset, tmp_path / "run", "03", model=model_folder(family), corpus=corpus, **SMALL)
     sweep = store.read_table(tmp_path / "run/tables/sweep.csv")
-    assert len(sweep) == 2 * 2 * (2 + 1 + 2 + 2) + 2 and sweep["nmse"].between(0, 10).all()  # a random model, twelve steps
+    assert len(sweep) == 2 * 2 * (2 + 1 + 2 + 2) + 2 and sweep["nmse"].gt(0).all()
+    assert sweep.loc[sweep["activation"] != "gated", "nmse"].lt(2).all()  # gated needs more than a dozen steps
 
 
 def test_the_gpt2_preset_runs_from_statistics_to_evidence(model_folder, corpus, tmp_path, capsys):
