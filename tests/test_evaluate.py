@@ -130,7 +130,7 @@ def test_table_drift_of_known_changes():
 def model(tiny_gpt2):
     rows = torch.randint(1, 257, (6, 12), generator=torch.Generator().manual_seed(0))
     x = tiny_gpt2.at(2)(rows)[:, 1:].flatten(0, 1)
-    return tiny_gpt2, rows, x.mean(0), evaluate.ablations(tiny_gpt2, rows, 2, x.mean(0))
+    return tiny_gpt2, rows, x.mean(0), evaluate.ablations(tiny_gpt2.tail(rows, 2), x.mean(0))
 
 
 def test_an_identity_adds_no_cross_entropy(model):
@@ -140,7 +140,7 @@ def test_an_identity_adds_no_cross_entropy(model):
         for W in (sae.W_enc, sae.W_dec):
             W.copy_(torch.cat([torch.eye(16), -torch.eye(16)]))  # of each coordinate the positive and the negative part
         sae.W_lookup.normal_(generator=torch.Generator().manual_seed(0))
-    ours = evaluate.cross_entropy(sae, lm, rows, 2, baseline)
+    ours = evaluate.cross_entropy(sae, lm.tail(rows, 2), baseline)
     assert ours["ce_added"] == pytest.approx(0, abs=1e-5) and ours["ce_recovered"] == pytest.approx(1, abs=1e-3)
     assert abs(ours["lookup_ce_added"]) > 1e-3 and set(ours) == {"ce_added", "ce_recovered", "lookup_ce_added"}
 
@@ -153,7 +153,7 @@ def test_an_empty_sae_is_an_ablation(model):
     for b_dec, name in ((0 * mean, "ce_zero"), (mean, "ce_mean")):
         sae = SAE(16, 8, "relu", scale=2.0).start(b_dec)
         sae.b_enc.data -= 100
-        ours = evaluate.cross_entropy(sae, lm, rows, 2, baseline)
+        ours = evaluate.cross_entropy(sae, lm.tail(rows, 2), baseline)
         assert ours["ce_added"] == pytest.approx((baseline[name] - clean) / clean, abs=1e-6)
         assert ours["ce_recovered"] == pytest.approx(
             0 if name == "ce_mean" else 1 - (baseline["ce_zero"] - clean) / (baseline["ce_mean"] - clean), abs=1e-3)
@@ -162,6 +162,6 @@ def test_an_empty_sae_is_an_ablation(model):
 def test_the_table_alone_is_the_table_alone(model):
     lm, rows, mean, baseline = model
     sae = SAE(16, 8, "relu", vocabulary=257, lookup="learned").start(mean, torch.zeros(257, 16))
-    ours = evaluate.cross_entropy(sae, lm, rows, 2, baseline)
+    ours = evaluate.cross_entropy(sae, lm.tail(rows, 2), baseline)
     assert ours["lookup_ce_added"] == pytest.approx(baseline["ce_mean"] / baseline["ce_clean"] - 1, abs=1e-6)
     assert ours["ce_added"] != pytest.approx(ours["lookup_ce_added"], abs=1e-3)  # its features do something

@@ -11,8 +11,9 @@ import yaml
 from tsae import __main__ as command
 from tsae import readme, store
 
-FLOORS = {"store": 0, "sae": 0, "lm": 0, "blind": 0, "text": 1, "train": 1, "evaluate": 1, "features": 1, "plots": 1,
-          "interop": 1, "readme": 1, "__main__": 2}
+FLOORS = {"gpu": -2, "kernels": -1, "store": 0, "sae": 0, "lm": 0, "blind": 0, "parallel": 0, "checkpoints": 1,
+          "activations": 1, "text": 1, "train": 1, "evaluate": 1, "features": 1, "plots": 1, "interop": 1, "readme": 1,
+          "__main__": 2}
 NOTEBOOKS = sorted((store.ROOT / "notebooks").glob("*.ipynb"))
 PRESETS = sorted((store.ROOT / "notebooks" / "presets").glob("*.yaml"))
 RESULTS = store.DATA / "results"
@@ -43,8 +44,12 @@ def test_imports_only_go_down(module):
     assert ("nnsight" in imports(module)) == (module == "lm"), "one file knows nnsight"
 
 
-def test_the_model_file_stands_alone():
-    assert {name.split(".")[0] for name in imports("sae")} <= {"torch", "safetensors"} | set(sys.stdlib_module_names)
+def test_the_model_and_its_kernels_stand_alone():
+    """Three files that anyone can copy and leave with."""
+    own, libraries = {"tsae.kernels", "tsae.gpu"}, {"torch", "safetensors", "numpy", "triton"}
+    for module in ("sae", "kernels", "gpu"):
+        outside = {name for name in imports(module) if ".".join(name.split(".")[:2]) not in own}
+        assert {name.split(".")[0] for name in outside} <= libraries | set(sys.stdlib_module_names)
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)

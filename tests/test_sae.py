@@ -121,9 +121,9 @@ def test_loss_terms_by_hand(activation, lookup, aux_lookup):
             a_gate = a_gate - sae.W_lookup[T] * sae.scale
         expected += ((X - a_gate).square().sum() / sae.scale**2 / B).item()
     out = sae.loss(X, T, sparsity=0.3)
-    assert out["loss"].item() == pytest.approx(expected) and torch.allclose(out["x_hat"], a_hat)
-    assert torch.equal(out["fired"], (codes > 0).any(0)) and not out["x_hat"].requires_grad
-    assert out["l0"].item() == pytest.approx((codes > 0).sum().item() / B)
+    assert out["loss"].item() == pytest.approx(expected) and torch.allclose(out["z_hat"] * sae.scale, a_hat)
+    assert torch.equal(out["fired"], (codes > 0).any(0)) and not out["z_hat"].requires_grad
+    assert (out["codes"] > 0).sum() == (codes > 0).sum() and not out["codes"].requires_grad
 
 
 def test_the_gated_auxiliary_error_leaves_the_decoder_alone():

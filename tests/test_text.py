@@ -4,8 +4,11 @@ import hashlib
 from itertools import chain
 
 import datasets
+import httpx
+import huggingface_hub
 import pandas as pd
 import pytest
+import requests
 import torch
 from conftest import byte_tokenizer
 
@@ -130,6 +133,95 @@ def test_a_dataset_of_the_hub_is_streamed(monkeypatch):
         assert list(text.documents(name, split="test")) == ["one"]
     wanted = dict(split="test", streaming=True)
     assert asked == [(("owner/name", None), wanted), (("owner/name", "en"), wanted)]
+
+
+def answered(status):
+    """The hub client's error for an HTTP status, as this version builds it."""
+    response = httpx.Response(status, request=httpx.Request("GET", "https://huggingface.co"))
+    return huggingface_hub.errors.HfHubHTTPError(f"status {status}", response=response)
+
+
+def caused(error, cause):
+    error.__cause__ = cause
+    return error
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """`hub(failures)` is a dataset of ten rows that fails as told: [(row before which it fails, error), ...]."""
+    def failing(failures):
+        failures, opened = list(failures), []
+
+        def stream():
+            for row in range(10):
+                if failures and failures[0][0] == row:
+                    raise failures.pop(0)[1]
+                yield {"text": f"row {row}"}
+
+        def load(*arguments, **named):
+            opened.append(arguments)
+            if failures and failures[0][0] == "open":
+                raise failures.pop(0)[1]
+            return stream()
+
+        monkeypatch.setattr(datasets, "load_dataset", load)
+        return opened
+
+    slept = []
+    monkeypatch.setattr(text.time, "sleep", slept.append)
+    monkeypatch.setattr(huggingface_hub, "is_offline_mode", lambda: False)
+    failing.slept = slept
+    return failing
+
+
+TEN = [f"row {row}" for row in range(10)]
+PASSING = [ConnectionError("reset"), TimeoutError("slow"), requests.exceptions.ReadTimeout("slow"),
+           requests.exceptions.ChunkedEncodingError("cut"), httpx.ReadTimeout("slow"), httpx.RemoteProtocolError("cut"),
+           answered(429), answered(500), answered(504),
+           caused(huggingface_hub.errors.LocalEntryNotFoundError("not found"), httpx.ConnectError("no route"))]
+LASTING = [answered(404), answered(401), datasets.exceptions.DatasetNotFoundError("no such dataset"), KeyError("oops"),
+           huggingface_hub.errors.HFValidationError("a name"), OSError("a disk"), ValueError("a split"),
+           caused(datasets.exceptions.DatasetNotFoundError("no such dataset"), answered(404))]
+
+
+@pytest.mark.parametrize("error", PASSING, ids=repr)
+@pytest.mark.parametrize("row", ["open", 0, 4, 9])
+def test_a_hub_that_fails_for_a_moment_is_tried_again(hub, capsys, error, row):
+    opened = hub([(row, error)] * 3)
+    assert list(text.documents("owner/name")) == TEN
+    assert len(opened) == 4 and hub.slept == [1, 2, 4]
+    said = capsys.readouterr().err
+    assert said.count("trying again in") == 3 and f"row {0 if row == 'open' else row}" in said
+
+
+def test_every_row_that_comes_through_makes_all_tries_available_again(hub):
+    hub([(row, TimeoutError("slow")) for row in ("open", 0, 3, 3, 3, "open", 4, 4)])
+    assert list(text.documents("owner/name")) == TEN and hub.slept == [1, 2, 1, 2, 4, 8, 1, 2]
+
+
+@pytest.mark.parametrize("row", ["open", 4])
+def test_a_hub_that_goes_on_failing_gets_a_sentence(hub, row):
+    opened, given = hub([(row, TimeoutError("slow"))] * 9), []
+    with pytest.raises(ConnectionError, match="failed 5 times in a row.*'owner/name' .TimeoutError: slow.*docstrings"):
+        given.extend(text.documents("owner/name"))
+    assert len(opened) == 5 and hub.slept == list(text.RETRY_AFTER_S)
+
+
+@pytest.mark.parametrize("error", LASTING, ids=repr)
+@pytest.mark.parametrize("row, sentence", [("open", "could not be opened"), (4, "could not be read after 4 rows")])
+def test_what_will_not_pass_is_not_tried_again(hub, error, row, sentence):
+    opened = hub([(row, error)])
+    with pytest.raises(ValueError, match=f"{sentence} on the Hugging Face hub.*docstrings"):
+        list(text.documents("owner/name"))
+    assert len(opened) == 1 and not hub.slept
+
+
+def test_an_offline_hub_is_not_tried_again(hub, monkeypatch):
+    monkeypatch.setattr(huggingface_hub, "is_offline_mode", lambda: True)
+    opened = hub([("open", huggingface_hub.errors.OfflineModeIsEnabled("offline"))])
+    with pytest.raises(ValueError, match="could not be opened"):
+        list(text.documents("owner/name"))
+    assert len(opened) == 1 and not hub.slept
 
 
 @pytest.mark.parametrize("corpus, error, sentence", [

@@ -1,33 +1,23 @@
-"""Oracle: multisets of positions, naive loops, torch's own Adam, and a planted dictionary with a planted table."""
+"""Oracle: naive loops, torch's own Adam, a planted dictionary with a planted table, and the run that was not interrupted."""
 
+import os
+import shutil
+import signal
 from copy import deepcopy
-from itertools import islice
 
 import pytest
 import torch
 from conftest import tiny_network
 from torch.nn.functional import embedding, normalize
 
-from tsae import train
+from tsae import checkpoints, train
+from tsae.activations import Memory, Shuffled, collect
 from tsae.evaluate import nmse
 from tsae.lm import LM
 from tsae.sae import SAE
 
 torch.set_num_threads(1)  # on tensors as small as these a second thread only waits for the first
-ROWS = torch.arange(400 * 8, dtype=torch.int32).view(400, 8)  # every position has a token of its own
 D, N, V = 40, 8, 32
-
-
-def residuals(tokens):
-    """x is a function of t, so that a pair which was torn apart shows."""
-    t = tokens.double()
-    return torch.stack([t, (t * t) % 97], dim=-1)
-
-
-def keep(tokens):
-    kept = tokens % 5 != 3
-    kept[:, 0] = False
-    return kept
 
 
 def planted(m=6000, seed=0):
@@ -39,6 +29,10 @@ def planted(m=6000, seed=0):
     return 4 * u[t] + (size * directions[which]).sum(1), t, u
 
 
+def mixed(x, t, batch, seed=0):
+    return Shuffled(Memory(x, t), batch, seed)
+
+
 def started(lookup="learned", activation="topk", seed=0, **settings):
     sae = SAE(D, N, activation, 2, V, lookup, **settings)
     return sae.start(torch.zeros(D), torch.zeros(V, D), seed=seed)
@@ -48,63 +42,9 @@ def state(sae):
     return {name: value.clone() for name, value in sae.state_dict().items()}
 
 
-def test_activations_are_the_kept_positions_in_order(tiny_gpt2):
-    rows = torch.randint(0, 257, (5, 9), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
-    rows[:, 0], rows[2, 4] = 0, 0  # BOS, and one special token inside a row
-    x, t = train.collect(rows, tiny_gpt2.at(1), tiny_gpt2.keep, batch_rows=2)
-    naive = [(tiny_gpt2.at(1)(row[None])[0, i], token) for row in rows for i, token in enumerate(row) if i and token]
-    assert torch.allclose(x, torch.stack([a for a, _ in naive]), atol=1e-5) and x.dtype == torch.float32
-    assert t.tolist() == [token for _, token in naive]
-
-
-@pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
-def test_a_broken_activation_names_its_row(wrong):
-    def broken(tokens):
-        return residuals(tokens).masked_fill((tokens == 8 * 5 + 2).unsqueeze(-1), wrong)
-    with pytest.raises(ValueError, match="row 5 of the tokens.*float32"):
-        train.collect(ROWS, broken, keep, batch_rows=2)
-
-
-def test_pairs_give_every_kept_position_once_an_epoch_and_hold_a_bounded_number():
-    read, given, parts = [], 0, []
-
-    def counted(tokens):
-        read.append(int(keep(tokens).sum()))
-        return residuals(tokens)
-
-    for x, t in train.pairs(ROWS, counted, keep, batch=32, buffer=500, epochs=2):
-        assert torch.equal(x, residuals(t)) and len(x) == len(t)
-        assert sum(read) - given <= 500 + max(read)
-        given += len(t)
-        parts.append(t)
-    kept = ROWS[keep(ROWS)]
-    assert torch.equal(torch.cat(parts).sort().values, torch.cat([kept, kept]).sort().values)
-    assert all(len(t) == 32 for t in parts[:-1]) and max(read) < len(kept) / 2  # so 500 + one pass is not all there is
-    rows_of_a_batch = sum(len((t // 8).unique()) for t in parts[:20]) / 20
-    assert rows_of_a_batch > 24  # 32 positions of one pass in order would be of 6 rows
-
-
-@pytest.mark.parametrize("source", [
-    lambda seed: train.pairs(ROWS, residuals, keep, batch=32, buffer=500, seed=seed),
-    lambda seed: train.held_pairs(residuals(ROWS)[keep(ROWS)], ROWS[keep(ROWS)], batch=32, seed=seed)])
-def test_the_order_is_a_function_of_the_seed_and_goes_on(source):
-    kept = int(keep(ROWS).sum())
-    first, again, other = ([t for _, t in islice(source(seed), 3 * kept // 32)] for seed in (1, 1, 2))
-    assert all(torch.equal(a, b) for a, b in zip(first, again)) and not torch.equal(first[0], other[0])
-    assert len(first) == 3 * kept // 32 and not torch.equal(first[0], first[-(-kept // 32)])  # endless, another epoch
-
-
-def test_held_pairs_give_every_pair_once_an_epoch():
-    t = ROWS[keep(ROWS)]
-    batches = list(islice(train.held_pairs(residuals(t), t, batch=100), -(-len(t) // 100)))
-    assert all(torch.equal(x, residuals(tokens)) for x, tokens in batches)
-    order = torch.cat([tokens for _, tokens in batches])
-    assert not torch.equal(order, t) and torch.equal(order.sort().values, t)
-
-
 def test_statistics_by_hand():
     x, t, table = *(planted(50)[:2]), torch.randn(V + 1, D)
-    stats = train.statistics(x, t.int(), V + 1)  # the last token never occurs
+    stats = Memory(x, t.int()).statistics(V + 1)  # the last token never occurs
     mean = sum(x) / 50
     assert torch.allclose(stats["mean"], mean, atol=1e-5)
     assert stats["scale"].item() == pytest.approx((sum(((a - mean) ** 2).sum() for a in x) / (50 * D)).item() ** 0.5)
@@ -175,9 +115,9 @@ def test_the_schedule_rules_both_optimisers(monkeypatch):
     monkeypatch.setattr(train, "learning_rate", lambda *arguments: asked.append(arguments) or 0.0)
     sae = started()
     before = state(sae)
-    train.fit(sae, train.held_pairs(*planted()[:2], batch=50), 200, schedule="cosine", last_lr=0.3)
+    train.fit(sae, mixed(*planted()[:2], batch=50), 200, schedule="cosine", last_lr=0.3)
     assert all(torch.allclose(value, before[name], atol=1e-6) for name, value in sae.state_dict().items())
-    assert asked == [(i / 4, "cosine", 0.3) for i in range(4) for _ in range(2)]
+    assert asked[1:] == [(i / 4, "cosine", 0.3) for i in range(4) for _ in range(2)]  # the first is the check of the name
 
 
 @pytest.mark.parametrize("activation", ["relu", "topk", "batchtopk", "jumprelu", "gated"])
@@ -190,7 +130,7 @@ def test_training_lowers_the_loss_and_moves_everything_but_a_frozen_table(lookup
         if activation == "jumprelu":
             sae.log_threshold.data.fill_(-1.0)  # the planted codes are smaller than those of a language model
         before = state(sae)
-        source = train.held_pairs(x, t, batch=100, seed=1)
+        source = mixed(x, t, batch=100, seed=1)
         history = train.fit(sae, source, 5000, lr=1e-2, sparsity=0.01, log_every_tokens=1000)
         results.append((sae, history))
     assert history.tokens.tolist() == [1000, 2000, 3000, 4000, 5000] and history.loss[4] < 0.8 * history.loss[0]
@@ -205,7 +145,7 @@ def test_the_table_absorbs_planted_single_token_features():
     x, t, u = planted()
     saes = {lookup: started(lookup) for lookup in ("none", "learned")}
     for sae in saes.values():
-        train.fit(sae, train.held_pairs(x, t, batch=100), 30_000, lr=3e-3, table_lr=5e-2)
+        train.fit(sae, mixed(x, t, batch=100), 30_000, lr=3e-3, table_lr=5e-2)
     assert nmse(x, saes["learned"](x, t)) < 0.1 * nmse(x, saes["none"](x, t))
     table = saes["learned"].W_lookup.detach()
     assert torch.cosine_similarity(table - table.mean(0), u - u.mean(0)).min() > 0.7  # b_dec has what all rows share
@@ -247,7 +187,7 @@ def test_checks_come_evenly_in_log_tokens():
         return {"hundredth": 0.01 * len(modes)}
 
     sae = started(activation="batchtopk")
-    source = train.held_pairs(*planted()[:2], batch=10)
+    source = mixed(*planted()[:2], batch=10)
     history = train.fit(sae, source, 1000, check=check, checks=5, log_every_tokens=300)
     checked = history.dropna()
     due = [1000 * 100 ** (share - 1) for share in (0.2, 0.4, 0.6, 0.8, 1)]
@@ -269,64 +209,155 @@ def test_failures_of_training_get_a_sentence():
 
 
 @pytest.fixture
-def data(tiny_gpt2):
+def data(tiny_gpt2, tmp_path):
     rows = torch.randint(1, 257, (8, 12), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
-    return train.prepare(tiny_gpt2, rows, 1, batch=16), tiny_gpt2, rows
+    return train.prepare(tiny_gpt2, rows, 1, batch=16, folder=tmp_path / "activations"), tiny_gpt2, rows
 
 
-def test_held_and_streamed_data_are_the_same_pairs(data):
+def test_held_and_streamed_data_are_the_same_pairs(data, tmp_path):
     held, lm, rows = data
-    streamed = train.prepare(lm, rows, 1, batch=16, buffer=32, memory_gb=3 * 5 * 12 * 16 * 4 / 1e9)  # five of the eight rows
+    folder = tmp_path / "activations"
+    streamed = train.prepare(lm, rows, 1, batch=16, buffer=32, store_gb=2e-6, folder=folder, sample_rows=5)
     for ours, sampled in ((held, 8), (streamed, 5)):
-        x, t = train.collect(rows[:sampled], lm.at(1), lm.keep)
-        assert all(torch.equal(ours.stats[name], value) for name, value in train.statistics(x, t, 257).items())
+        x, t = collect(rows[:sampled], lm.at(1), lm.keep)
+        wanted = Memory(x.bfloat16(), t).statistics(257)
+        assert all(torch.equal(ours.stats[name], value) for name, value in wanted.items())
         assert torch.equal(ours.unigrams, lm.unigrams(1))
         first, again, other = (next(ours.source(seed))[1] for seed in (0, 0, 1))
         assert torch.equal(first, again) and not torch.equal(first, other)
-    assert train.prepare(lm, rows, 2, batch=16).identity != held.identity
-    assert train.prepare(lm, rows + 1, 1, batch=16).identity != held.identity
     other_weights = LM(tiny_network("gpt2", seed=1), lm.tokenizer, lm.name)
-    assert train.prepare(other_weights, rows, 1, batch=16).identity != held.identity
+    for model, tokens, layer in ((lm, rows, 2), (lm, rows + 1, 1), (other_weights, rows, 1)):
+        assert train.prepare(model, tokens, layer, batch=16, folder=folder).identity != held.identity
+    renamed = train.prepare(LM(lm.model, lm.tokenizer, "elsewhere"), rows, 1, batch=16, folder=folder)
+    assert renamed.identity == held.identity  # where a model lies is not what it is
 
 
 @pytest.mark.parametrize("recipe", train.RECIPES)
 def test_a_start_leaves_no_mean_error_to_the_features(data, recipe):
     data, lm, rows = data
-    x, t = train.collect(rows, lm.at(1), lm.keep)
+    x, t = collect(rows, lm.at(1), lm.keep)
     for lookup in ("none", "frozen", "learned"):
         sae = train.build(data, "topk", 32, 2, lookup, 0, train.RECIPES[recipe])
-        error = x - sae.decode(torch.zeros(len(x), 32), t)
+        error = x.bfloat16().float() - sae.decode(torch.zeros(len(x), 32), t)  # activations are kept in bfloat16
         assert error.mean(0).abs().max() < 1e-4 and sae.scale == pytest.approx((x - x.mean(0)).std().item(), rel=0.01)
         if lookup != "none":
             scaled = train.RECIPES[recipe]["table_scale"] * data.unigrams
             assert torch.allclose(sae.W_lookup * sae.scale, scaled, atol=1e-5)
 
 
-def test_settings_are_trained_once(data, tmp_path, monkeypatch):
-    runs, fit = [], train.fit
-    monkeypatch.setattr(train, "fit", lambda *a, **k: runs.append(a) or fit(*a, **k))
+SETTINGS = dict(activation="topk", n=32, k=2, lookup="learned", seed=0, tokens=200)
 
+
+@pytest.fixture
+def passes(monkeypatch):
+    """What fit_all was given, call by call."""
+    calls, fit_all = [], train.fit_all
+    monkeypatch.setattr(train, "fit_all", lambda runs, *a, **k: calls.append(runs) or fit_all(runs, *a, **k))
+    return calls
+
+
+def test_settings_are_trained_once(data, tmp_path, passes):
     def trained(**changes):
-        settings = dict(activation="topk", n=32, k=2, lookup="learned", seed=0, tokens=200)
-        return train.trained(tmp_path, data[0], **(settings | changes))
+        return train.trained(tmp_path, data[0], **(SETTINGS | changes))
 
     sae, history = trained()
     again, loaded = trained()
-    assert len(runs) == 1 and all(torch.equal(v, again.state_dict()[name]) for name, v in sae.state_dict().items())
-    assert history.columns.equals(loaded.columns) and loaded.loss.tolist() == pytest.approx(history.loss.tolist(), 1e-5)
+    assert len(passes) == 1 and all(torch.equal(v, again.state_dict()[name]) for name, v in sae.state_dict().items())
+    assert history.equals(loaded)
     changed = [dict(seed=1), dict(k=3), dict(lr=0.1), dict(recipe="code"), dict(tokens=300)]
     for count, changes in enumerate(changed, 2):
         trained(**changes)
-        assert len(runs) == count
+        assert len(passes) == count
     own = train.RECIPES["ours"]["table_lr"]
-    assert [run[3:5] for run in runs[2:5]] == [(1e-3, own), (0.1, own), (1e-3, 1e-2)]  # lr and table_lr
+    rates = [[rate for _, rate in runs[0].optimisers] for runs in passes]
+    assert rates[2:5] == [[1e-3, own], [0.1, own], [1e-3, 1e-2]]  # lr and table_lr
     next(tmp_path.glob("*/history.csv")).unlink()  # as after a power cut
     for changes in ({}, *changed):
         trained(**changes)
-    assert len(runs) == 7
+    assert len(passes) == 7
     trained(recipe="text", lr=0.03)
-    assert runs[-1][3:5] == (0.03, 0.03)  # the table has no rate of its own
+    assert [rate for _, rate in passes[-1][0].optimisers] == [0.03, 0.03]  # the table has no rate of its own
     with pytest.raises(ValueError, match="recipes are code, text, ours.*table_scale"):
         trained(recipe="mine")
     with pytest.raises(ValueError, match="table_sale"):
         trained(table_sale=1.0)
+
+
+JOBS = [SETTINGS | dict(activation=activation, lookup=lookup, seed=seed) for seed in (0, 1)
+        for activation, lookup in (("topk", "none"), ("topk", "learned"), ("relu", "learned"), ("gated", "none"))]
+
+
+def test_a_sweep_is_its_jobs_one_by_one(data, tmp_path, passes):
+    places = train.sweep(tmp_path / "together", data[0], JOBS)
+    assert [len(runs) for runs in passes] == [4, 4]  # one pass a seed
+    for place, job in zip(places, JOBS):
+        alone, history = train.trained(tmp_path / "alone", data[0], **job)
+        together = SAE.load(place)
+        assert together.config == alone.config and (place / "history.csv").read_text() == (
+            tmp_path / "alone" / place.name / "history.csv").read_text()
+        assert all(torch.equal(value, alone.state_dict()[name]) for name, value in together.state_dict().items())
+    train.sweep(tmp_path / "together", data[0], JOBS[::-1])
+    assert len(passes) == 2 + len(JOBS)  # nothing was trained twice
+    assert not list((tmp_path / "together").glob("unfinished/*"))
+
+
+def test_a_sweep_stays_within_its_memory_or_says_what_to_change(data, tmp_path, passes):
+    one = max(train.needed_bytes(16, 32, job["activation"], 2, 257, 16) for job in JOBS) / 1e9
+    train.sweep(tmp_path, data[0], JOBS, memory_gb=2.5 * one)
+    assert len(passes) >= 4 and all(len(runs) <= 4 for runs in passes)
+    with pytest.raises(ValueError, match=r"about .* GB, and `memory_gb` is 1e-06.*fewer features"):
+        train.sweep(tmp_path / "x", data[0], JOBS, memory_gb=1e-6)
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("activation", ["relu", "topk", "batchtopk", "jumprelu", "gated"])
+def test_a_run_goes_on_bit_for_bit_from_its_state(activation, tmp_path):
+    x, t, u = planted(1000)
+
+    def begun(seed):
+        sae = SAE(D, N, activation, 2, V, "learned").start(torch.zeros(D), u, seed=seed)
+        return train.Run(sae, 1200, lr=1e-2, sparsity=0.1, dead_after_tokens=100, log_every_tokens=150, checks=3,
+                         check=lambda sae: {"held_out": nmse(x, sae(x, t))})
+
+    runs, source = [begun(0), begun(1)], mixed(x, t, 50)
+    whole = train.fit_all(runs, source, quick=True)
+    for stop in (50, 400, 1150):
+        class Power(Shuffled):
+            def __next__(self):
+                if self.given * 50 == stop:
+                    raise RuntimeError("power cut")
+                return super().__next__()
+        with pytest.raises(RuntimeError, match="power cut"):
+            train.fit_all([begun(0), begun(1)], Power(Memory(x, t), 50, 0), True, tmp_path, checkpoint_every_s=0)
+        again = [begun(5), begun(6)]  # what they are at the start is not what they go on from
+        histories = train.fit_all(again, mixed(x, t, 50), True, tmp_path, checkpoint_every_s=0)
+        for run, resumed, history, continued in zip(runs, again, whole, histories):
+            assert history.equals(continued)
+            assert all(torch.equal(v, resumed.sae.state_dict()[name]) for name, v in run.sae.state_dict().items())
+        for place in tmp_path.iterdir():
+            shutil.rmtree(place)
+
+
+@pytest.mark.parametrize("kind, raised", [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)])
+def test_a_signal_writes_a_checkpoint_and_leaves(kind, raised, tmp_path):
+    x, t, _ = planted(1000)
+
+    class Interrupted(Shuffled):
+        def __next__(self):
+            if self.given == 7:
+                os.kill(os.getpid(), kind)
+            return super().__next__()
+
+    sae, uninterrupted = started(), started()
+    before = signal.getsignal(kind)
+    with pytest.raises(raised):
+        train.fit(sae, Interrupted(Memory(x, t), 50, 0), 1000, folder=tmp_path)
+    assert signal.getsignal(kind) is before and checkpoints.newest(tmp_path)["source"]["given"] == 8
+    train.fit(sae, mixed(x, t, 50), 1000, folder=tmp_path)
+    train.fit(uninterrupted, mixed(x, t, 50), 1000)
+    assert all(torch.equal(v, sae.state_dict()[name]) for name, v in uninterrupted.state_dict().items())
+
+
+def test_runs_on_one_pass_have_one_length():
+    with pytest.raises(ValueError, match=r"one length.*\[100, 200\]"):
+        train.fit_all([train.Run(started(), 100), train.Run(started(), 200)], mixed(*planted(100)[:2], 10))

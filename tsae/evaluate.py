@@ -128,18 +128,18 @@ def table_drift(sae: SAE, start: torch.Tensor, seen: torch.Tensor) -> dict[str, 
                 table_norm_ratio=(table.norm(dim=-1) / start.norm(dim=-1)).mean().item())
 
 
-def ablations(lm, rows: torch.Tensor, layer: int, mean: torch.Tensor) -> dict[str, float]:
-    """Cross-entropy in nats of rows (N, T): clean, and with the activations at `layer` set to zero and to their mean."""
-    return dict(ce_clean=lm.mean_nats(rows), ce_zero=lm.mean_nats(rows, layer, lambda x, t: torch.zeros_like(x)),
-                ce_mean=lm.mean_nats(rows, layer, lambda x, t: mean.expand_as(x)))
+def ablations(tail: Callable, mean: torch.Tensor) -> dict[str, float]:
+    """Cross-entropy in nats over `tail` (see lm.LM.tail): clean, and with its activations set to zero and to their mean."""
+    return dict(ce_clean=tail(None), ce_zero=tail(lambda x, t: torch.zeros_like(x)),
+                ce_mean=tail(lambda x, t: mean.expand_as(x)))
 
 
-def cross_entropy(sae: SAE, lm, rows: torch.Tensor, layer: int, baseline: dict[str, float]) -> dict[str, float]:
+def cross_entropy(sae: SAE, tail: Callable, baseline: dict[str, float]) -> dict[str, float]:
     """ce_added and ce_recovered (against mean ablation) with the reconstruction patched in; `baseline` from `ablations`."""
-    patched = lm.mean_nats(rows, layer, sae)
+    patched = tail(sae)
     result = dict(ce_added=ce_added(patched, baseline["ce_clean"]),
                   ce_recovered=ce_recovered(patched, baseline["ce_clean"], baseline["ce_mean"]))
     if sae.lookup != "none":
-        alone = lm.mean_nats(rows, layer, lambda x, t: sae.table_alone(t))
+        alone = tail(lambda x, t: sae.table_alone(t))
         result["lookup_ce_added"] = ce_added(alone, baseline["ce_clean"])
     return result

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import torch
 from scipy.sparse import coo_array, csr_array
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from tsae.sae import SAE
 

@@ -5,16 +5,20 @@ the mean over d_model is taken out: every reader of the stream subtracts it anyw
 reconstruction errors become comparable with those on centred weights. RMSNorm models are left as they are.
 """
 
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 
 import torch
 from nnsight import NNsight
 from torch import nn
 from torch.nn.functional import cross_entropy
-from tqdm.auto import tqdm
+from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
+
+Patch = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 class LM:
@@ -86,14 +90,18 @@ class LM:
         return self.last(torch.arange(self.vocabulary, dtype=torch.int32).unsqueeze(1), [layer])[layer]
 
     @torch.no_grad()
-    def nats(self, tokens: torch.Tensor, layer: int = 0,
-             patch: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None) -> torch.Tensor:
+    def nats(self, tokens: torch.Tensor, layer: int = 0, patch: Patch | None = None,
+             residuals: torch.Tensor | None = None) -> torch.Tensor:
         """Cross-entropy in nats, one value (m,) for each kept position of tokens (b, T) that has a next token.
 
-        `patch(x, t) -> x_hat` replaces the residuals x (m', d) with tokens t (m',) of all kept positions at `layer`.
+        `patch(x, t) -> x_hat` replaces the residuals x (m', d) with tokens t (m',) of all kept positions at `layer`. Given
+        the `residuals` (b, T, d) there, the blocks below are skipped.
         """
         tokens, kept = self._checked(tokens, [layer]), self.keep(tokens).to(self.device)
         with self.traced.trace(input_ids=tokens, use_cache=False):
+            if residuals is not None:
+                for below in range(layer):
+                    self.blocks[below].skip(residuals.to(self.model.dtype))
             if patch is not None:
                 x = self.blocks[layer].input
                 mended = self._centre(x.float())
@@ -103,11 +111,29 @@ class LM:
         counted = kept[:, :-1]
         return cross_entropy(logits[:, :-1][counted].float(), tokens[:, 1:][counted], reduction="none")
 
-    def mean_nats(self, rows: torch.Tensor, layer: int = 0, patch=None) -> float:
+    def mean_nats(self, rows: torch.Tensor, layer: int = 0, patch: Patch | None = None) -> float:
         """`nats` averaged over all counted positions of rows (N, T)."""
-        batch = max(1, min(64, 2**28 // (rows.shape[1] * self.vocabulary)))  # logits of 1 GB at the most
-        return torch.cat([self.nats(part, layer, patch) for part in _progress(rows.split(batch), "cross-entropy")]
+        return torch.cat([self.nats(part, layer, patch) for part in _progress(self._split(rows), "cross-entropy")]
                          ).mean().item()
+
+    def tail(self, rows: torch.Tensor, layer: int) -> Callable[[Patch | None], float]:
+        """The function patch -> mean_nats(rows (N, T), layer, patch) that runs only the blocks from `layer` on.
+
+        The residuals of the rows are computed once and held, (N, T, d) float32.
+        """
+        held = [(part, self.residuals(part, [layer])[layer]) for part in _progress(self._split(rows), "activations")]
+        return lambda patch: torch.cat([self.nats(part, layer, patch, x) for part, x in held]).mean().item()
+
+    def _split(self, rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return rows.split(max(1, min(64, 2**28 // (rows.shape[1] * self.vocabulary))))  # logits of 1 GB at the most
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """sha256 over the model's weights and what else its residuals depend on, as hex."""
+        state = hashlib.sha256(f"{self.bos} {self.special.tolist()} {self.model.dtype} {self.model.config}".encode())
+        for weight in self.model.state_dict().values():
+            state.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        return state.hexdigest()
 
     def _centre(self, x: torch.Tensor) -> torch.Tensor:
         return x - x.mean(-1, keepdim=True) if self.centred else x.clone()

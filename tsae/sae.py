@@ -1,4 +1,4 @@
-"""The sparse autoencoder with a lookup table: one class, one file, nothing else of this package needed.
+"""The sparse autoencoder with a lookup table: one class, that needs nothing else of this package but its kernels.
 
     f(a_t)  = act(W_enc (a_t - b_dec) + b_enc)                    equation 1
     a_hat_t = W_dec^T f(a_t) + b_dec + W_lookup[t]                equation 2
@@ -18,53 +18,12 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
-from torch.nn.functional import embedding, embedding_bag, relu
+from torch.nn.functional import embedding, mse_loss, relu
+
+from tsae.kernels import Support, select_top, sum_rows, top
 
 ACTIVATIONS = ("relu", "topk", "batchtopk", "jumprelu", "gated")
 LOOKUPS = ("none", "frozen", "learned")
-
-
-def transpose_product(index: torch.Tensor, values: torch.Tensor, x: torch.Tensor, n: int) -> torch.Tensor:
-    """C^T x for sparse codes C given as (values, index), both (b, k): (n, d) from x (b, d)."""
-    b, k = index.shape
-    at = torch.stack([index.flatten(), torch.arange(b, device=x.device).repeat_interleave(k)])
-    return torch.sparse.mm(torch.sparse_coo_tensor(at, values.flatten(), (n, b), check_invariants=False), x)
-
-
-class _SelectTop(torch.autograd.Function):
-    """The k largest pre-activations of each row, through a ReLU; backward touches k rows of W a position."""
-
-    @staticmethod
-    def forward(ctx, x, W, bias, k):
-        values, index = torch.addmm(bias, x, W.T).topk(k, dim=-1, sorted=False)
-        values = relu(values)
-        ctx.save_for_backward(x, W, values, index)
-        ctx.mark_non_differentiable(index)
-        return values, index
-
-    @staticmethod
-    def backward(ctx, g, _):
-        x, W, values, index = ctx.saved_tensors
-        g = g * (values > 0)
-        g_bias = torch.zeros(len(W), dtype=g.dtype, device=g.device).index_add_(0, index.flatten(), g.flatten())
-        g_x = embedding_bag(index, W, per_sample_weights=g, mode="sum") if ctx.needs_input_grad[0] else None
-        return g_x, transpose_product(index, g, x, len(W)), g_bias, None
-
-
-class _SumRows(torch.autograd.Function):
-    """sum_j values[b, j] W[index[b, j]]: decoding that touches k rows of W a position, forward and backward."""
-
-    @staticmethod
-    def forward(ctx, values, index, W):
-        ctx.save_for_backward(values, index, W)
-        return embedding_bag(index, W, per_sample_weights=values, mode="sum")
-
-    @staticmethod
-    def backward(ctx, g):
-        values, index, W = ctx.saved_tensors
-        chunks = zip(index.split(1024), g.split(1024))  # (1024, k, d) at a time, not the whole batch
-        g_values = torch.cat([torch.bmm(W[i], row.unsqueeze(-1)).squeeze(-1) for i, row in chunks])
-        return g_values, None, transpose_product(index, values, g, len(W))
 
 
 class SAE(nn.Module):
@@ -146,10 +105,13 @@ class SAE(nn.Module):
                              f"{self.vocabulary - 1}: was it trained with another tokenizer?")
         return embedding(t.long(), self.W_lookup, sparse=True)
 
-    def centred(self, x: torch.Tensor, t: torch.Tensor | None = None) -> torch.Tensor:
-        """What the encoder sees: a_t - b_dec in units of `scale` (minus the token's row when encoder_sees="rest")."""
-        z = x / self.scale - self.b_dec
+    def encoder_input(self, z: torch.Tensor, t: torch.Tensor | None) -> torch.Tensor:
+        """What the encoder sees of z (b, d), in units of `scale`: all, or with encoder_sees="rest" less the token's row."""
         return z - self.row(t) if self.encoder_sees == "rest" else z
+
+    def centred(self, x: torch.Tensor, t: torch.Tensor | None = None) -> torch.Tensor:
+        """a_t - b_dec in units of `scale`, as the encoder sees it: (b, d)."""
+        return self.encoder_input(x / self.scale, t) - self.b_dec
 
     def preactivations(self, x: torch.Tensor, t: torch.Tensor | None = None) -> torch.Tensor:
         """W_enc (a_t - b_dec) + b_enc, (b, n)."""
@@ -175,8 +137,11 @@ class SAE(nn.Module):
         """The reconstruction of raw activations x (b, d); topk never builds the dense codes."""
         if self.activation != "topk":
             return self.decode(self.encode(x, t), t)
-        values, index = _SelectTop.apply(self.centred(x, t), self.W_enc, self.b_enc, self.k)
-        return (_SumRows.apply(values, index, self.W_dec) + self.b_dec + self.row(t)) * self.scale
+        return (sum_rows(*self.selected(x / self.scale, t), self.W_dec) + self.b_dec + self.row(t)) * self.scale
+
+    def selected(self, z: torch.Tensor, t: torch.Tensor | None) -> tuple[torch.Tensor, Support]:
+        """Top-k codes (b, k) of activations z (b, d) in units of `scale`, and their features."""
+        return select_top(self.encoder_input(z, t), self.b_dec, self.W_enc, self.b_enc, self.k)
 
     def _codes(self, pre, x, t) -> tuple[torch.Tensor, torch.Tensor]:
         """Codes (b, n) from pre-activations, and what the sparsity penalty is summed over (b, n)."""
@@ -209,38 +174,45 @@ class SAE(nn.Module):
         """Squared error summed over d_model, averaged over the batch, in units of scale^2, plus the architecture's terms.
 
         relu, gated: sparsity x sum of codes x decoder norms; jumprelu: sparsity x L0; gated: the auxiliary error; topk and
-        batchtopk: AuxK over the features marked in `dead` (n,) bool. Returns loss, x_hat (b, d) raw, fired (n,) bool, l0.
+        batchtopk: AuxK over the features marked in `dead` (n,) bool. Returns loss, z_hat (b, d) in units of `scale`,
+        fired (n,) bool, and codes: (b, k) for topk, else (b, n).
         """
         z = x / self.scale
         if self.activation == "topk":
-            values, index = _SelectTop.apply(self.centred(x, t), self.W_enc, self.b_enc, self.k)
-            rebuilt, l0 = _SumRows.apply(values, index, self.W_dec), (values > 0).sum(-1).float().mean()
-            fired = torch.zeros(self.n, dtype=torch.bool, device=x.device).index_fill_(0, index[values > 0], True)
-            penalty = None
+            codes, support = self.selected(z, t)
+            rebuilt, penalty = sum_rows(codes, support, self.W_dec), None
+            fired = torch.zeros(self.n, dtype=torch.bool, device=x.device).index_fill_(0, support.index[codes > 0], True)
         else:
             pre = self.preactivations(x, t)
             codes, penalty = self._codes(pre, x, t)
-            rebuilt, l0, fired = codes @ self.W_dec, (codes > 0).sum(-1).float().mean(), (codes > 0).any(0)
+            rebuilt, fired = codes @ self.W_dec, (codes > 0).any(0)
         z_hat = rebuilt + self.b_dec + self.row(t)
-        error = z - z_hat
-        loss = error.square().sum(-1).mean()
+        loss = mse_loss(z_hat, z, reduction="sum") / len(z)
         if penalty is not None and penalty.ndim:
             loss = loss + sparsity * penalty.sum(-1).mean()
         if self.activation == "gated":
             row = self.row(t).detach() if self.aux_lookup and self.lookup != "none" else 0.0
             gate = relu(pre) @ self.W_dec.detach() + self.b_dec.detach() + row  # trains the gates, not the decoder
-            loss = loss + (z - gate).square().sum(-1).mean()
+            loss = loss + mse_loss(gate, z, reduction="sum") / len(z)
         if aux_weight and "topk" in self.activation and dead is not None and dead.any():
-            loss = loss + aux_weight * self.auxk(x, t, error.detach(), dead)
-        return dict(loss=loss, x_hat=z_hat.detach() * self.scale, fired=fired, l0=l0)
+            loss = loss + aux_weight * self.auxk(z, t, (z - z_hat).detach(), dead)
+        return dict(loss=loss, z_hat=z_hat.detach(), fired=fired, codes=codes.detach())
 
-    def auxk(self, x: torch.Tensor, t: torch.Tensor | None, error: torch.Tensor, dead: torch.Tensor) -> torch.Tensor:
-        """AuxK (Gao et al. 2024): how far the d_model / 2 strongest dead features are from explaining `error` (b, d)."""
+    def auxk(self, z: torch.Tensor, t: torch.Tensor | None, error: torch.Tensor, dead: torch.Tensor) -> torch.Tensor:
+        """AuxK (Gao et al. 2024): how far the d_model / 2 strongest dead features are from explaining `error` (b, d).
+
+        z (b, d), t (b,), dead (n,) bool; activations in units of `scale`.
+        """
         W, bias, rows = self.W_enc[dead], self.b_enc[dead], self.W_dec[dead]
-        k = min(self.d_model // 2, len(W))
-        values, index = _SelectTop.apply(self.centred(x, t).detach(), W, bias, k)
-        share = min(1.0, len(W) / max(1, self.d_model // 2))
-        return share * (error - _SumRows.apply(values, index, rows)).square().sum(-1).mean()
+        k = min(max(1, self.d_model // 2), len(W))
+        z = self.encoder_input(z, t).detach()
+        if len(W) <= 16 * k:  # so few that whole rows of codes cost less than sorting the pairs
+            pre = (z - self.b_dec.detach()) @ W.T + bias
+            codes = relu(pre) * torch.zeros_like(pre).scatter_(1, top(pre.detach(), k), 1.0)
+            explained = codes @ rows
+        else:
+            explained = sum_rows(*select_top(z, self.b_dec.detach(), W, bias, k), rows)
+        return min(1.0, len(W) / max(1, self.d_model // 2)) * mse_loss(explained, error, reduction="sum") / len(z)
 
     def save(self, folder: str | Path) -> Path:
         """Write `config.json` and `weights.safetensors`; the weights appear last, whole or not at all."""

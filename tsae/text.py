@@ -5,6 +5,7 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import sys
+import time
 from array import array
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -12,10 +13,11 @@ from itertools import chain, islice
 from pathlib import Path
 
 import datasets
+import huggingface_hub
 import pyarrow
 import torch
 from safetensors.torch import load_file, save_file
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from tsae import store
 from tsae.lm import bos_id
@@ -23,6 +25,8 @@ from tsae.lm import bos_id
 DOCSTRINGS = "docstrings"
 # The installed packages whose docstrings are worth parsing: 9 in 10 characters of prose for half of the time.
 PACKAGES = "torch transformers scipy sympy sklearn pandas networkx numpy huggingface_hub datasets nnsight mpmath".split()
+RETRY_AFTER_S = (1.0, 2.0, 4.0, 8.0)  # the waits between five tries to reach the hub
+CLIENTS = {"requests", "urllib3", "httpx", "httpx2", "aiohttp", "huggingface_hub"}
 SUFFIXES = {".txt": "text", ".jsonl": "json", ".parquet": "parquet"}
 
 
@@ -93,8 +97,9 @@ def documents(corpus: str, split: str = "train", column: str = "text") -> Iterat
 
     `corpus` is "docstrings" (the installed packages', no download); a .txt file (cut at blank lines into documents of
     about 2000 characters), a .jsonl or .parquet file (one document a row), or a folder of such files; or a dataset of
-    the Hugging Face hub, "owner/name" or "owner/name:configuration", which is streamed. Raises FileNotFoundError or
-    ValueError that says what was looked for.
+    the Hugging Face hub, "owner/name" or "owner/name:configuration", which is streamed and tried again after each of
+    RETRY_AFTER_S where the network fails. Raises FileNotFoundError, ValueError or ConnectionError that says what was
+    looked for.
     """
     if corpus == DOCSTRINGS:
         return iter(docstrings())
@@ -109,14 +114,53 @@ def documents(corpus: str, split: str = "train", column: str = "text") -> Iterat
         return _from_files(files, split, column)
     if path.suffix in SUFFIXES or corpus.startswith((".", "/", "~")):
         raise FileNotFoundError(f"there is no corpus file or folder {corpus!r}")
+    return _texts(_from_hub(corpus, split, RETRY_AFTER_S), corpus, column)
+
+
+def _from_hub(corpus: str, split: str, waits_s: Iterable[float]) -> Iterator[dict]:
+    """The rows of a streamed dataset. Where the network fails it is opened again, and the rows given are skipped.
+
+    A row that came through makes all `waits_s` (seconds) available again.
+    """
     name, _, configuration = corpus.partition(":")
-    try:
-        stream = datasets.load_dataset(name, configuration or None, split=split, streaming=True)
-    except Exception as error:  # the hub client raises dozens of types for "not there" and "no network"
-        raise ValueError(f"the corpus {corpus!r} is no local file and could not be opened on the Hugging Face hub "
-                         f"({type(error).__name__}: {error}): check the name and the network, or pass a local file "
-                         'or folder, or "docstrings"') from error
-    return _texts(stream, corpus, column)
+    waits, given = list(waits_s), 0
+    left = iter(waits)
+    while True:
+        try:
+            stream = datasets.load_dataset(name, configuration or None, split=split, streaming=True)
+            for row in islice(stream, given, None):
+                given, left = given + 1, iter(waits)
+                yield row
+            return
+        except Exception as error:  # the hub client raises dozens of types for "not there" and "no network"
+            said = f"{type(error).__name__}: {error}"
+            if not _passes(error):
+                done = f"read after {given} rows" if given else "opened"
+                raise ValueError(f"the corpus {corpus!r} is no local file and could not be {done} on the Hugging Face "
+                                 f"hub ({said}): check the name and the network, or pass a local file or folder, or "
+                                 '"docstrings"') from error
+            wait = next(left, None)
+            if wait is None:
+                raise ConnectionError(f"the Hugging Face hub failed {len(waits) + 1} times in a row to give row {given} "
+                                      f"of the corpus {corpus!r} ({said}): try again later, or pass a local file or "
+                                      'folder, or "docstrings"') from error
+            tqdm.write(f"the Hugging Face hub failed at row {given} of {corpus!r} ({said}): trying again in {wait:g} s",
+                       file=sys.stderr)
+        time.sleep(wait)
+
+
+def _passes(error: BaseException | None) -> bool:
+    """True for a failure of the network or the server that may be over in a moment: not for "no such dataset"."""
+    if error is None or huggingface_hub.is_offline_mode():
+        return False
+    response = getattr(error, "response", None)
+    status = getattr(response, "status_code", None) or getattr(error, "status", None)  # the latter: aiohttp's
+    if isinstance(status, int):
+        return status in (408, 429) or status >= 500
+    of_a_client = CLIENTS & {kind.__module__.split(".")[0] for kind in type(error).__mro__}
+    if isinstance(error, (ConnectionError, TimeoutError)):
+        return True
+    return bool(of_a_client) and not isinstance(error, (FileNotFoundError, ValueError)) or _passes(error.__cause__)
 
 
 def _from_files(files: list[Path], split: str, column: str) -> Iterator[str]:

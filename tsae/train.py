@@ -1,96 +1,27 @@
-"""Pairs (x, t) in random order over bounded memory, and one visible training loop."""
+"""Training: one visible loop for one SAE or for many on one pass, that goes on bit for bit where it was stopped."""
 
-import ctypes
 import hashlib
 import math
-import sys
+import shutil
+import time
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import repeat
 from pathlib import Path
 
 import pandas as pd
 import torch
-from tqdm.auto import tqdm
+from safetensors.torch import load_file, save_file
+from tqdm import tqdm
 
-from tsae import store
+from tsae import checkpoints, parallel, store
+from tsae.activations import Shuffled, Store, Streamed
+from tsae.kernels import quick_products
 from tsae.sae import SAE
 
 Pair = tuple[torch.Tensor, torch.Tensor]
-
-
-def activations(rows: torch.Tensor, residuals: Callable, keep: Callable, batch_rows: int = 64,
-                order: torch.Tensor | None = None) -> Iterator[Pair]:
-    """Pairs x (m, d) float32, t (m,) of the positions that `keep` marks, in the `order` of rows (N, T), a pass at a time.
-
-    Raises ValueError that names the row when an activation is NaN or infinite.
-    """
-    order = torch.arange(len(rows)) if order is None else order
-    for which in order.split(batch_rows):
-        tokens = rows[which]
-        x, kept = residuals(tokens), keep(tokens)
-        if not torch.isfinite(x).all():
-            row = int(which[(~torch.isfinite(x)).flatten(1).any(1).cpu()][0])
-            raise ValueError(f"the language model gives NaN or infinite activations at row {row} of the tokens: load it "
-                             "in float32, or leave that document out")
-        yield x[kept.to(x.device)], tokens[kept].to(x.device)
-
-
-def collect(rows: torch.Tensor, residuals: Callable, keep: Callable, batch_rows: int = 64) -> Pair:
-    """All pairs of `activations` in memory: x (m, d), t (m,)."""
-    parts = list(tqdm(activations(rows, residuals, keep, batch_rows), "activations", -(-len(rows) // batch_rows),
-                      leave=False))
-    return torch.cat([x for x, _ in parts]), torch.cat([t for _, t in parts])
-
-
-def pairs(rows: torch.Tensor, residuals: Callable, keep: Callable, batch: int = 4096, buffer: int = 131072,
-          seed: int = 0, epochs: int | None = None) -> Iterator[Pair]:
-    """Batches x (batch, d), t (batch,) in random order, streamed over bounded memory.
-
-    Rows are visited in a fresh permutation each epoch; a buffer of `buffer` pairs mixes their positions, and half of it
-    is replaced at a time; memory holds it twice while it is shuffled. `epochs=None` goes on for ever. The order is a
-    function of `seed` alone. Raises ValueError when an epoch has no position to give.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    held: list[Pair] = []
-    epoch = 0
-    while epochs is None or epoch < epochs:
-        given = 0
-        for pair in activations(rows, residuals, keep, order=torch.randperm(len(rows), generator=generator)):
-            given += len(pair[1])
-            held.append(pair)
-            if sum(len(t) for _, t in held) >= max(buffer, 2 * batch):
-                x, t = _shuffled(held, generator)
-                used = len(t) // 2 // batch * batch
-                held = [(x[used:].clone(), t[used:].clone())]
-                yield from zip(x[:used].split(batch), t[:used].split(batch))
-        if not given:
-            raise ValueError("the rows hold special tokens only: there is no position to train on")
-        epoch += 1
-    if held:
-        x, t = _shuffled(held, generator)
-        yield from zip(x.split(batch), t.split(batch))
-
-
-def _shuffled(held: list[Pair], generator: torch.Generator) -> Pair:
-    x, t = torch.cat([x for x, _ in held]), torch.cat([t for _, t in held])
-    order = torch.randperm(len(t), generator=generator).to(x.device)
-    return x[order], t[order]
-
-
-def held_pairs(x: torch.Tensor, t: torch.Tensor, batch: int = 4096, seed: int = 0) -> Iterator[Pair]:
-    """The same from activations in memory, shuffled over all of them, for ever: a fresh permutation each epoch."""
-    generator = torch.Generator().manual_seed(seed)
-    while True:
-        for index in torch.randperm(len(t), generator=generator).to(x.device).split(batch):
-            yield x[index], t[index]
-
-
-def statistics(x: torch.Tensor, t: torch.Tensor, vocabulary: int) -> dict[str, torch.Tensor]:
-    """What a start needs, from pairs: mean (d,), scale (rms entry of the centred x), count (V,) and sum (V, d) a token."""
-    mean = x.mean(0)
-    return dict(mean=mean, scale=(x - mean).square().mean().sqrt(), count=torch.bincount(t, minlength=vocabulary),
-                sum=torch.zeros(vocabulary, x.shape[1], device=x.device).index_add_(0, t.long(), x))
 
 
 def conditional_mean(stats: dict[str, torch.Tensor], prior: float = 4.0) -> torch.Tensor:
@@ -111,6 +42,8 @@ class RowAdam(torch.optim.Optimizer):
     about 32 x lr over the steps after its first hit, whatever the error, and pass over the whole table at every step.
     """
 
+    ROWS = 256
+
     def __init__(self, params: Iterable, lr: float, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8):
         super().__init__(params, dict(lr=lr, betas=betas, eps=eps))
 
@@ -121,36 +54,19 @@ class RowAdam(torch.optim.Optimizer):
             for p in group["params"]:
                 if p.grad is None:
                     continue
-                g = p.grad.coalesce()
-                rows, g = g.indices()[0], g.values()
                 state = self.state[p]
                 if not state:
                     state.update(m=torch.zeros_like(p), v=torch.zeros_like(p), steps=p.new_zeros(len(p), 1))
-                steps = state["steps"][rows] + 1
-                m = torch.lerp(state["m"][rows], g, 1 - beta1)
-                v = torch.lerp(state["v"][rows], g * g, 1 - beta2)
-                state["steps"][rows], state["m"][rows], state["v"][rows] = steps, m, v
-                p[rows] -= lr * (m / (1 - beta1**steps)) / ((v / (1 - beta2**steps)).sqrt() + group["eps"])
-
-
-@contextmanager
-def quick_products(on: bool) -> Iterator[None]:
-    """Inside, float32 matrix products may take bfloat16 (CPU) or tf32 (GPU) inputs, and the CPU keeps freed memory.
-
-    Fresh pages for every large tensor of a step cost as much as its arithmetic: glibc is asked not to give them back,
-    from the first use to the end of the process.
-    """
-    backends = [(torch.backends.mkldnn.matmul, "bf16"), (torch.backends.cuda.matmul, "tf32")] if on else []
-    before = [backend.fp32_precision for backend, _ in backends]
-    if on and sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        libc.mallopt(-3, 32 << 20), libc.mallopt(-1, 2**31 - 1)  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
-    try:
-        for backend, precision in backends:
-            backend.fp32_precision = precision
-        yield
-    finally:
-        for (backend, _), precision in zip(backends, before):
-            backend.fp32_precision = precision
+                grad = p.grad.coalesce()
+                # A few rows at a time: what is held of them stays in the caches from the first line to the last.
+                for rows, g in zip(grad.indices()[0].split(self.ROWS), grad.values().split(self.ROWS)):
+                    steps = state["steps"].index_select(0, rows).add_(1)
+                    m = state["m"].index_select(0, rows).lerp_(g, 1 - beta1)
+                    v = state["v"].index_select(0, rows).mul_(beta2).addcmul_(g, g, value=1 - beta2)
+                    for name, held in (("steps", steps), ("m", m), ("v", v)):
+                        state[name].index_copy_(0, rows, held)
+                    step = m.div_(1 - beta1**steps).div_(v.div_(1 - beta2**steps).sqrt_().add_(group["eps"]))
+                    p.index_add_(0, rows, step, alpha=-lr)
 
 
 def learning_rate(progress: float, schedule: str, last: float) -> float:
@@ -162,71 +78,151 @@ def learning_rate(progress: float, schedule: str, last: float) -> float:
     raise ValueError(f'schedule is {schedule!r}: expected "cosine" or "decay"')
 
 
-def fit(sae: SAE, source: Iterator[Pair], tokens: int, lr: float = 1e-3, table_lr: float = 1e-2, schedule: str = "decay",
-        last_lr: float = 0.0, sparsity: float = 0.0, sparsity_warmup: float = 0.05, dead_after_tokens: int = 200_000,
-        aux_weight: float = 1 / 32, quick: bool = False, check: Callable[[SAE], dict] | None = None, checks: int = 0,
-        log_every_tokens: int = 50_000, label: str = "training") -> pd.DataFrame:
-    """Train `sae` in place on `tokens` pairs from `source`; returns its history, one row a log line.
+class Run:
+    """One SAE in training: its optimisers, its dead counters, its history, and where it stands.
 
     Adam on everything but the table, RowAdam with `table_lr` (units of the SAE's scale) on the table; both follow
-    `schedule`. `sparsity` rises linearly over the first `sparsity_warmup` of training. A feature is dead when it has not
-    fired for `dead_after_tokens`; `quick` is for `quick_products`. `check(sae) -> dict` adds columns at `checks`
-    points, spaced evenly in log tokens (fewer where one batch crosses several).
-    Raises FloatingPointError when the loss is not finite, ValueError when the source ends early.
+    `schedule` over `tokens`. `sparsity` rises linearly over the first `sparsity_warmup` of training. A feature is dead when
+    it has not fired for `dead_after_tokens`. `check(sae) -> dict` adds columns to the history at `checks` points, spaced
+    evenly in log tokens (fewer where one batch crosses several).
     """
-    table = [p for name, p in sae.named_parameters() if name == "W_lookup" and p.requires_grad]
-    rest = [p for name, p in sae.named_parameters() if name != "W_lookup"]
-    groups = [(torch.optim.Adam(rest, lr=lr, fused=True), lr)]
-    if table:
-        groups.append((RowAdam(table, table_lr), table_lr))
-    silent = torch.zeros(sae.n, dtype=torch.long, device=sae.b_enc.device)  # tokens since each feature last fired
-    seen, history, logged = 0, [], 0
-    due = [tokens * 100 ** (i / checks - 1) for i in range(1, checks + 1)]
-    progress = tqdm(total=tokens, desc=label, unit="tok", unit_scale=True, leave=False)
-    sae.train()
-    while seen < tokens:
-        x, t = next(source, (None, None))
-        if x is None:
-            raise ValueError(f"{tokens} tokens of training were asked for, the activations ended after {seen}: give more "
-                             "text, or train on fewer")
-        for optimiser, peak in groups:
-            optimiser.param_groups[0]["lr"] = peak * learning_rate(seen / tokens, schedule, last_lr)
+
+    def __init__(self, sae: SAE, tokens: int, lr: float = 1e-3, table_lr: float = 1e-2, schedule: str = "decay",
+                 last_lr: float = 0.0, sparsity: float = 0.0, sparsity_warmup: float = 0.05,
+                 dead_after_tokens: int = 200_000, aux_weight: float = 1 / 32, check: Callable[[SAE], dict] | None = None,
+                 checks: int = 0, log_every_tokens: int = 50_000):
+        learning_rate(0.0, schedule, last_lr)  # an unknown schedule is refused here
+        self.sae, self.tokens, self.schedule, self.last_lr = sae.train(), tokens, schedule, last_lr
+        self.sparsity, self.warmup_tokens = sparsity, max(1.0, sparsity_warmup * tokens)
+        self.dead_after_tokens, self.aux_weight = dead_after_tokens, aux_weight
+        self.check, self.log_every_tokens = check, log_every_tokens
+        table = [p for name, p in sae.named_parameters() if name == "W_lookup" and p.requires_grad]
+        rest = [p for name, p in sae.named_parameters() if name != "W_lookup"]
+        self.optimisers = [(torch.optim.Adam(rest, lr=lr, fused=True), lr)]
+        if table:
+            self.optimisers.append((RowAdam(table, table_lr), table_lr))
+        self.silent = torch.zeros(sae.n, dtype=torch.long, device=sae.b_enc.device)  # tokens since a feature last fired
+        self.seen, self.logged, self.history = 0, 0, []
+        self.due = [tokens * 100 ** (i / checks - 1) for i in range(1, checks + 1)]
+
+    def step(self, x: torch.Tensor, t: torch.Tensor) -> dict[str, torch.Tensor]:
+        """One optimiser step on a batch x (b, d) raw, t (b,); returns what SAE.loss returns. Raises FloatingPointError."""
+        for optimiser, peak in self.optimisers:
+            optimiser.param_groups[0]["lr"] = peak * learning_rate(self.seen / self.tokens, self.schedule, self.last_lr)
             optimiser.zero_grad()
-        weight = sparsity * min(1.0, (seen + 1) / max(1.0, sparsity_warmup * tokens))
-        with quick_products(quick):
-            out = sae.loss(x, t, weight, silent >= dead_after_tokens, aux_weight)
-            if not torch.isfinite(out["loss"]):
-                raise FloatingPointError(f"the loss is {out['loss'].item()} after {seen} tokens: lower `lr`, or check the "
-                                         "activations for outliers")
-            out["loss"].backward()
-        for optimiser, _ in groups:
+        weight = self.sparsity * min(1.0, (self.seen + 1) / self.warmup_tokens)
+        out = self.sae.loss(x, t, weight, self.silent >= self.dead_after_tokens, self.aux_weight)
+        if not torch.isfinite(out["loss"]):
+            raise FloatingPointError(f"the loss is {out['loss'].item()} after {self.seen} tokens: lower `lr`, or check the "
+                                     "activations for outliers")
+        out["loss"].backward()
+        fired = parallel.share(self.sae, out["fired"])
+        for optimiser, _ in self.optimisers:
             optimiser.step()
-        sae.normalise()
-        seen += len(t)
-        silent = torch.where(out["fired"], 0, silent + len(t))
-        progress.update(len(t))
-        checking = bool(due) and seen >= min(due[0], tokens)
-        if checking or seen - logged >= log_every_tokens or seen >= tokens:
-            logged = seen
-            error = (x - out["x_hat"]).square().sum(-1) / x.square().sum(-1)
-            history.append(dict(tokens=seen, loss=out["loss"].item(), nmse=error.mean().item(), l0=out["l0"].item(),
-                                dead=(silent >= dead_after_tokens).float().mean().item()))
-            if checking:
-                due = [point for point in due if point > seen]
-            if checking and check:
-                history[-1] |= check(sae.eval())
-                sae.train()
-            progress.set_postfix(nmse=f"{history[-1]['nmse']:.3f}", dead=f"{history[-1]['dead']:.0%}")
-    progress.close()
-    sae.eval()
-    return pd.DataFrame(history)
+        self.sae.normalise()
+        tokens = len(t) * parallel.world()
+        self.seen += tokens
+        self.silent = torch.where(fired, 0, self.silent + tokens)
+        return out
+
+    def log(self, x: torch.Tensor, out: dict[str, torch.Tensor]) -> None:
+        """Add a line to the history where one is due after the step on x (b, d) that gave `out`."""
+        checking = bool(self.due) and self.seen >= min(self.due[0], self.tokens)
+        if not (checking or self.seen - self.logged >= self.log_every_tokens or self.seen >= self.tokens):
+            return
+        self.logged = self.seen
+        z = x / self.sae.scale
+        line = dict(loss=out["loss"].item(), l0=(out["codes"] > 0).sum().item() / len(x),
+                    nmse=((z - out["z_hat"]).square().sum(-1) / z.square().sum(-1)).mean().item())
+        dead = (self.silent >= self.dead_after_tokens).float().mean().item()
+        self.history.append(dict(tokens=self.seen) | parallel.average(line) | dict(dead=dead))
+        if checking:
+            self.due = [point for point in self.due if point > self.seen]
+            if self.check:
+                self.history[-1] |= self.check(self.sae.eval())
+                self.sae.train()
+
+    def state(self) -> checkpoints.State:
+        """Everything that the rest of the run depends on, but for its settings."""
+        optimisers = {str(i): {str(j): state for j, state in optimiser.state_dict()["state"].items()}
+                      for i, (optimiser, _) in enumerate(self.optimisers)}
+        return dict(sae=self.sae.state_dict(), optimisers=optimisers, silent=self.silent, seen=self.seen,
+                    logged=self.logged, due=self.due, history=self.history)
+
+    def restore(self, state: checkpoints.State) -> None:
+        self.sae.load_state_dict(state["sae"])
+        for i, (optimiser, _) in enumerate(self.optimisers):
+            held = {int(j): moments for j, moments in state["optimisers"][str(i)].items()}
+            optimiser.load_state_dict(optimiser.state_dict() | dict(state=held))
+        self.silent = state["silent"].to(self.silent.device)
+        self.seen, self.logged, self.due, self.history = (state[name] for name in ("seen", "logged", "due", "history"))
+
+
+def fit_all(runs: list[Run], source: Iterator[Pair], quick: bool = False, folder: Path | None = None,
+            checkpoint_every_s: float = 60.0, label: str = "training") -> list[pd.DataFrame]:
+    """Train many SAEs in place on one pass over `source`; returns their histories, one row a log line.
+
+    Small SAEs are trained side by side, one thread each. With `folder`, a checkpoint is written there every
+    `checkpoint_every_s` seconds and on Ctrl-C or SIGTERM; the same call then goes on from the newest whole one, bit for bit
+    (`source` must have state() and restore()). `quick` is for `quick_products`. Raises ValueError when the source ends
+    early, FloatingPointError when a loss is not finite.
+    """
+    tokens = runs[0].tokens
+    if any(run.tokens != tokens for run in runs):
+        raise ValueError(f"runs on one pass need one length, got {sorted({run.tokens for run in runs})} tokens")
+    held = checkpoints.newest(folder) if folder else None
+    if held:
+        source.restore(held["source"])
+        for i, run in enumerate(runs):
+            run.restore(held["runs"][str(i)])
+    saved = time.monotonic()
+    with (quick_products(quick), checkpoints.stoppable() as stop, _side_by_side(runs) as each,
+          tqdm(total=tokens, initial=runs[0].seen, desc=label, unit="tok", unit_scale=True, leave=False) as progress):
+        while runs[0].seen < tokens:
+            x, t = next(source, (None, None))
+            if x is None:
+                raise ValueError(f"{tokens} tokens of training were asked for, the activations ended after "
+                                 f"{runs[0].seen}: give more text, or train on fewer")
+            for run, out in zip(runs, each(Run.step, runs, repeat(x), repeat(t))):
+                run.log(x, out)
+            progress.update(runs[0].seen - progress.n)
+            if folder and parallel.any_rank(bool(stop.signal) or time.monotonic() - saved >= checkpoint_every_s):
+                checkpoints.save(folder, runs[0].seen, dict(
+                    source=source.state(), runs={str(i): run.state() for i, run in enumerate(runs)}))
+                saved = time.monotonic()
+            if stop.signal:
+                stop.leave()
+    for run in runs:
+        run.sae.eval()
+    return [pd.DataFrame(run.history) for run in runs]
+
+
+def fit(sae: SAE, source: Iterator[Pair], tokens: int, quick: bool = False, folder: Path | None = None,
+        checkpoint_every_s: float = 60.0, label: str = "training", **how) -> pd.DataFrame:
+    """Train one SAE in place on `tokens` pairs: `how` as in Run, the rest as in fit_all. Returns its history."""
+    return fit_all([Run(sae, tokens, **how)], source, quick, folder, checkpoint_every_s, label)[0]
+
+
+SMALL = 1 << 20  # weights of an encoder below which one thread a run beats all threads for each in turn
+
+
+@contextmanager
+def _side_by_side(runs: list[Run]) -> Iterator[Callable]:
+    """A `map` for the steps of runs: threads where the runs are small and on a CPU, else one after the other."""
+    cores = torch.get_num_threads()
+    if len(runs) == 1 or cores == 1 or any(run.sae.W_enc.is_cuda or run.sae.W_enc.numel() > SMALL for run in runs):
+        yield map
+        return
+    with ThreadPoolExecutor(min(cores, len(runs)), initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        yield pool.map
 
 
 @dataclass
 class Data:
     """What a training run is given: the activations of one layer, and what its start needs from them.
 
-    source(seed): an endless iterator of pairs; stats: see `statistics`; unigrams (V, d) raw; identity: what names the data.
+    source(seed): an endless iterator of pairs with state() and restore(); stats: see `statistics`; unigrams (V, d) raw;
+    identity: what names the data.
     """
 
     source: Callable[[int], Iterator[Pair]]
@@ -235,31 +231,38 @@ class Data:
     identity: dict
 
 
-def prepare(lm, rows: torch.Tensor, layer: int, batch: int = 4096, buffer: int = 131072, memory_gb: float = 4.0,
-            sample_rows: int = 20_000) -> Data:
-    """Activations of `lm` (see lm.LM) at `layer` over rows (N, T): held in memory when they fit, else streamed.
+def prepare(lm, rows: torch.Tensor, layer: int, batch: int = 4096, buffer: int = 131072, store_gb: float = 20.0,
+            folder: Path = store.CACHE / "activations", sample_rows: int = 20_000) -> Data:
+    """Activations of `lm` (see lm.LM) at `layer` over token rows (N, T): from a store in `folder`, made once, or streamed.
 
-    When streamed, `stats` come from the first `sample_rows` rows. `buffer` is the mixing buffer of `pairs`, in tokens.
+    A store that would need more than `store_gb` is not made: the language model then runs during training, pairs are mixed
+    in a buffer of `buffer` tokens, and `stats` come from the first `sample_rows` rows.
     """
     layer = lm.layer(layer)
-    row_bytes = rows.shape[1] * lm.d_model * 4
-    fits = 3 * len(rows) * row_bytes < memory_gb * 1e9  # the pairs, and twice more while they are put together
-    sample_rows = min(sample_rows, max(1, int(memory_gb * 1e9 / (3 * row_bytes))))
-    x, t = collect(rows if fits else rows[:sample_rows], lm.at(layer), lm.keep)
-    stats, unigrams = statistics(x, t, lm.vocabulary), lm.unigrams(layer)
-    identity = dict(model=lm.name, layer=layer, batch=batch, rows=_digest(rows), weights=_digest(unigrams),
-                    buffer=0 if fits else buffer, sample_rows=0 if fits else sample_rows,
-                    code=store.key(**{name: store.digest(Path(__file__).with_name(name)) for name in RUN_CODE}))
-    if fits:
-        return Data(lambda seed: held_pairs(x, t, batch, seed), stats, unigrams, identity)
-    return Data(lambda seed: pairs(rows, lm.at(layer), lm.keep, batch, buffer, seed), stats, unigrams, identity)
+    code = store.key(**{name: store.digest(Path(__file__).with_name(name)) for name in ("lm.py", "activations.py")})
+    identity = dict(layer=layer, weights=lm.fingerprint, rows=_digest(rows), code=code)
+    held = len(rows) * rows.shape[1] * (2 * lm.d_model + 4) < store_gb * 1e9
+    kept = rows if held else rows[:sample_rows]
+    activations = Store.make(folder / store.key(**identity | dict(rows=_digest(kept))), kept, lm.at(layer), lm.keep, lm.d_model,
+                             identity | dict(rows=_digest(kept)), max_gb=store_gb)
+    unigrams = _cached(folder / f"unigrams-{store.key(**identity | dict(rows=''))}.safetensors", lambda: lm.unigrams(layer))
+    stats = activations.statistics(lm.vocabulary)
+    identity |= dict(batch=batch, buffer=0 if held else buffer, sample_rows=0 if held else sample_rows)
+    if held:
+        return Data(lambda seed: Shuffled(activations, batch, seed), stats, unigrams, identity)
+    return Data(lambda seed: Streamed(rows, lm.at(layer), lm.keep, batch, buffer, seed), stats, unigrams, identity)
+
+
+def _cached(path: Path, make: Callable[[], torch.Tensor]) -> torch.Tensor:
+    if not path.is_file():
+        with store.replacing(path) as temporary:
+            save_file({"x": make().cpu()}, temporary)
+    return load_file(path)["x"]
 
 
 def _digest(tensor: torch.Tensor) -> str:
     return hashlib.sha256(tensor.cpu().numpy().tobytes()).hexdigest()
 
-
-RUN_CODE = ("sae.py", "train.py", "lm.py")  # a change in one of these makes every trained SAE out of date
 
 # How a run starts and learns. "text" and "code" are the paper's two recipes: see the settings table of the README. Rates
 # are in units of the activation scale; table_lr 0 is the common rate. Without a table the encoder starts at W_dec.
@@ -272,31 +275,101 @@ RECIPES = {
 }
 
 
-def trained(folder: Path, data: Data, *, activation: str, n: int, k: int, lookup: str, seed: int, tokens: int,
-            lr: float = 1e-3, sparsity: float = 0.0, recipe: str = "ours", dead_after_tokens: int = 200_000, quick: bool = True,
-            check: Callable[[SAE], dict] | None = None, checks: int = 0, **changes) -> tuple[SAE, pd.DataFrame]:
+RUN_CODE = ("sae.py", "kernels.py", "train.py")  # a change in one of these makes every trained SAE out of date
+
+
+def sweep(folder: Path, data: Data, jobs: list[dict], memory_gb: float = 4.0, checkpoint_every_s: float = 60.0) -> list[Path]:
+    """Train the SAEs of `jobs` that are not in `folder` yet; returns where each lies, in order.
+
+    A job holds the arguments of `trained`. SAEs of one seed see the same batches in one pass, as many at a time as
+    `memory_gb` allows; what an interruption leaves is gone on with. Raises ValueError for a job that cannot fit, or for an
+    unknown recipe or change.
+    """
+    jobs = [_Job(folder, data, **job) for job in jobs]
+    missing = {job.place: job for job in jobs if not job.done}
+    for group in _groups(list(missing.values()), memory_gb):
+        unfinished = folder / "unfinished" / store.key(places=[job.place.name for job in group])
+        saes = [job.build(data) for job in group]
+        runs = [job.run(sae) for job, sae in zip(group, saes)]
+        label = f"{len(group)} SAEs" if len(group) > 1 else f"{saes[0].activation} {'+ table ' * (saes[0].lookup != 'none')}"
+        histories = fit_all(runs, data.source(group[0].seed), group[0].quick, unfinished, checkpoint_every_s,
+                            f"{label} seed {group[0].seed}")
+        for job, sae, history in zip(group, saes, histories):
+            job.keep(sae, history)
+        shutil.rmtree(unfinished, ignore_errors=True)
+    return [job.place for job in jobs]
+
+
+def trained(folder: Path, data: Data, **job) -> tuple[SAE, pd.DataFrame]:
     """An SAE trained on `data` and its history; taken from `folder` when these very settings were trained before.
 
-    `recipe` names an entry of RECIPES, `changes` overrides parts of it (the ablations), `quick` is for `quick_products`.
-    Raises ValueError for an unknown recipe or change.
+    activation, n, k, lookup, seed, tokens: as in SAE and Run; lr 1e-3, sparsity 0, dead_after_tokens 200000, quick True
+    (see quick_products), check None, checks 0; recipe "ours", an entry of RECIPES, of which any other argument overrides a
+    part (the ablations).
     """
-    if recipe not in RECIPES or not set(changes) <= set(RECIPES["ours"]):
-        raise ValueError(f"got recipe {recipe!r} with changes of {sorted(changes)}: the recipes are {', '.join(RECIPES)}, "
-                         f"and they consist of {', '.join(RECIPES['ours'])}")
-    how = RECIPES[recipe] | changes
-    settings = dict(activation=activation, n=n, k=k, lookup=lookup, sparsity=sparsity, seed=seed, tokens=tokens,
-                    lr=lr, quick=quick, checks=checks, dead_after_tokens=dead_after_tokens, **how, **data.identity)
-    place = folder / store.key(**settings)
-    if (place / "history.csv").is_file():  # written last: the rest is whole
-        return SAE.load(place).to(data.unigrams.device), pd.read_csv(place / "history.csv")
-    sae = build(data, activation, n, k, lookup, seed, how)
-    history = fit(sae, data.source(seed), tokens, lr, how["table_lr"] or lr, how["schedule"], how["last_lr"], sparsity,
-                  dead_after_tokens=dead_after_tokens, aux_weight=how["aux_weight"], quick=quick, check=check,
-                  checks=checks, label=f"{activation} {'+ table ' if lookup != 'none' else ''}seed {seed}")
-    sae.save(place)
-    store.write_json(place / "settings.json", settings)
-    store.write_table(place / "history.csv", history)
-    return sae, history
+    place = sweep(folder, data, [job])[0]
+    return SAE.load(place).to(data.unigrams.device), pd.read_csv(place / "history.csv")
+
+
+class _Job:
+    """One SAE of a sweep: its settings and its place in the folder."""
+
+    def __init__(self, folder: Path, data: Data, *, activation: str, n: int, k: int, lookup: str, seed: int, tokens: int,
+                 lr: float = 1e-3, sparsity: float = 0.0, recipe: str = "ours", dead_after_tokens: int = 200_000,
+                 quick: bool = True, check: Callable[[SAE], dict] | None = None, checks: int = 0, **changes):
+        if recipe not in RECIPES or not set(changes) <= set(RECIPES["ours"]):
+            raise ValueError(f"got recipe {recipe!r} with changes of {sorted(changes)}: the recipes are "
+                             f"{', '.join(RECIPES)}, and they consist of {', '.join(RECIPES['ours'])}")
+        self.how, self.seed, self.tokens, self.quick, self.check = RECIPES[recipe] | changes, seed, tokens, quick, check
+        self.settings = dict(activation=activation, n=n, k=k, lookup=lookup, sparsity=sparsity, seed=seed, tokens=tokens,
+                             lr=lr, quick=quick, checks=checks, dead_after_tokens=dead_after_tokens)
+        code = {name: store.digest(Path(__file__).with_name(name)) for name in RUN_CODE}
+        self.named = self.settings | self.how | data.identity | dict(trainer=store.key(**code))
+        self.place = folder / store.key(**self.named)
+        vocabulary, d_model = data.unigrams.shape
+        self.bytes = needed_bytes(d_model, n, activation, k, 0 if lookup == "none" else vocabulary, data.identity["batch"])
+
+    @property
+    def done(self) -> bool:
+        return (self.place / "history.csv").is_file()  # written last: the rest is whole
+
+    def build(self, data: Data) -> SAE:
+        return build(data, *(self.settings[name] for name in ("activation", "n", "k", "lookup", "seed")), self.how)
+
+    def run(self, sae: SAE) -> Run:
+        own = ("tokens", "lr", "sparsity", "checks", "dead_after_tokens")
+        return Run(sae, check=self.check, table_lr=self.how["table_lr"] or self.settings["lr"],
+                   **{name: self.settings[name] for name in own},
+                   **{name: self.how[name] for name in ("schedule", "last_lr", "aux_weight")})
+
+    def keep(self, sae: SAE, history: pd.DataFrame) -> None:
+        sae.save(self.place)
+        store.write_json(self.place / "settings.json", self.named)
+        store.write_table(self.place / "history.csv", history)
+
+
+def needed_bytes(d_model: int, n: int, activation: str, k: int, vocabulary: int, batch: int) -> int:
+    """What training one SAE takes at its peak: weights, gradients, Adam's moments, and what a step holds beside them."""
+    weights = 4 * (2 * n * d_model) + 3 * vocabulary * d_model
+    step = 8 * batch * d_model + (8 * batch * k if activation == "topk" else 7 * batch * n)
+    return 4 * (weights + step)
+
+
+def _groups(jobs: list[_Job], memory_gb: float) -> Iterator[list[_Job]]:
+    """Jobs that can share a pass, as many together as fit."""
+    passes: dict[tuple, list[_Job]] = {}
+    for job in jobs:
+        if job.bytes > memory_gb * 1e9:
+            raise ValueError(f"training this SAE takes about {job.bytes / 1e9:.1f} GB, and `memory_gb` is {memory_gb:g}: raise "
+                             f"it, or choose fewer features or a smaller batch ({job.settings})")
+        passes.setdefault((job.seed, job.tokens, job.quick), []).append(job)
+    for group in passes.values():
+        while group:
+            taken = 1
+            while taken < len(group) and sum(job.bytes for job in group[:taken + 1]) <= memory_gb * 1e9:
+                taken += 1
+            yield group[:taken]
+            group = group[taken:]
 
 
 def build(data: Data, activation: str, n: int, k: int, lookup: str, seed: int, how: dict) -> SAE:

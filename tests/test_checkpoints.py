@@ -1,0 +1,117 @@
+"""Oracle: the run that was never interrupted, and files damaged on purpose."""
+
+import errno
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from tsae import checkpoints, store
+
+KILLS = int(os.environ.get("TSAE_KILLS", 4))  # 50 were seen to pass in a row; see the README
+STATE = {"a": torch.arange(6.0), "deep": {"b": torch.tensor(2), "name": "x", "list": [1, 2.5], "empty": {}}, "seen": 7}
+
+
+def same(a, b):
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    return torch.equal(a, b) and a.dtype == b.dtype if isinstance(a, torch.Tensor) else a == b
+
+
+def test_a_state_comes_back_and_two_are_kept(tmp_path):
+    assert checkpoints.newest(tmp_path / "none") is None
+    for step in (5, 10, 100):
+        checkpoints.save(tmp_path / "c", step, STATE | {"seen": step})
+        assert same(checkpoints.newest(tmp_path / "c"), STATE | {"seen": step})
+    assert [int(path.name) for path in sorted((tmp_path / "c").iterdir())] == [10, 100]
+
+
+def flip(path):
+    raw = bytearray(path.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    path.write_bytes(raw)
+
+
+@pytest.mark.parametrize("file", ["tensors.safetensors", "state.json"])
+@pytest.mark.parametrize("damage", [lambda path: path.write_bytes(path.read_bytes()[:-20]), flip, Path.unlink])
+def test_a_damaged_checkpoint_is_named_and_passed_over(damage, file, tmp_path, capsys):
+    checkpoints.save(tmp_path, 1, STATE | {"seen": 1})
+    checkpoints.save(tmp_path, 2, STATE | {"seen": 2})
+    damage(tmp_path / f"{2:015d}" / file)
+    found = checkpoints.newest(tmp_path)
+    assert same(found, STATE | {"seen": 1}) and f"{2:015d} is damaged" in capsys.readouterr().err
+    checkpoints.save(tmp_path, 2, STATE | {"seen": 3})  # and the run goes on over it
+    assert checkpoints.newest(tmp_path)["seen"] == 3
+
+
+def test_a_pickle_is_no_checkpoint(tmp_path, capsys):
+    checkpoints.save(tmp_path, 1, STATE)
+    place = tmp_path / f"{1:015d}"
+    torch.save({"a": torch.ones(1)}, place / "tensors.safetensors")
+    held = json.loads((place / "state.json").read_text()) | {"sha256": store.digest(place / "tensors.safetensors")}
+    (place / "state.json").write_text(json.dumps(held))
+    assert checkpoints.newest(tmp_path) is None and "damaged" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS])
+def test_a_full_or_read_only_disk_gets_a_sentence_and_leaves_what_was_there(code, tmp_path, monkeypatch):
+    checkpoints.save(tmp_path, 1, STATE)
+
+    def full(*_):
+        raise OSError(code, os.strerror(code))
+    monkeypatch.setattr(checkpoints, "save_file", full)
+    with pytest.raises(OSError, match=f"could not be written.*{os.strerror(code)}.*free some space"):
+        checkpoints.save(tmp_path, 2, STATE)
+    assert [path.name for path in tmp_path.iterdir()] == [f"{1:015d}"] and same(checkpoints.newest(tmp_path), STATE)
+
+
+def test_a_really_full_disk(tmp_path):
+    if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(tmp_path)],
+                                      capture_output=True).returncode:
+        pytest.skip("mounting a small disk takes root")
+    try:
+        checkpoints.save(tmp_path, 1, STATE)
+        with pytest.raises(OSError, match="could not be written"):
+            checkpoints.save(tmp_path, 2, STATE | {"a": torch.zeros(100_000)})
+        assert same(checkpoints.newest(tmp_path), STATE)
+    finally:
+        subprocess.run(["umount", str(tmp_path)], check=True)
+
+
+def killed(folder: Path, after: int | None, wait_s: float = 0.0) -> None:
+    """Run tests.killed in `folder`; kill -9 it `wait_s` after it has begun step `after` of this run."""
+    with subprocess.Popen([sys.executable, "-m", "tests.killed", str(folder)], stdout=subprocess.PIPE, text=True,
+                          cwd=store.ROOT) as process:
+        for count, _ in enumerate(process.stdout):
+            if count == after:
+                time.sleep(wait_s)
+                process.send_signal(signal.SIGKILL)
+                break
+        process.stdout.read()
+    assert process.returncode in (0, -signal.SIGKILL)
+
+
+def result(folder: Path) -> dict[str, str]:
+    return {path.name + path.parent.name: store.digest(path) for path in sorted(folder.glob("[0-9]*/*.safetensors"))
+            } | {path.name: path.read_text() for path in folder.glob("*.csv")}
+
+
+def test_kill_at_any_instant_and_go_on_gives_the_same_bits(tmp_path):
+    killed(tmp_path / "whole", None)
+    wanted, dice = result(tmp_path / "whole"), random.Random(os.environ.get("TSAE_KILL_SEED", "0"))
+    assert len(wanted) == 6
+    for point in range(KILLS):
+        folder = tmp_path / str(point)
+        for _ in range(dice.choice([1, 2])):  # also a run that was resumed already
+            killed(folder, dice.randrange(18), dice.random() * 0.02)  # a step and its checkpoint take about so long
+        killed(folder, None)
+        assert result(folder) == wanted, f"kill point {point}"
+        shutil.rmtree(folder)

@@ -1,0 +1,91 @@
+"""Oracle: sorted rows, naive sums, torch's gradcheck in float64, and autograd of the dense computation."""
+
+import pytest
+import torch
+
+from tsae import kernels
+
+B, D, N, K = 37, 20, 48, 5
+
+
+def problem(dtype=torch.float64, b=B, n=N, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    shapes = dict(x=(b, D), centre=(D,), W=(n, D), bias=(n,))
+    return [torch.randn(shape, generator=g, dtype=dtype).requires_grad_() for shape in shapes.values()]
+
+
+@pytest.mark.parametrize("m, k", [(5, 5), (64, 1), (1024, 8), (1000, 3), (4096, 32), (12288, 32), (12288, 384), (97, 2)])
+@pytest.mark.parametrize("ties", [False, True])
+def test_top_is_the_head_of_a_sort(m, k, ties):
+    v = torch.randn(19, m, generator=torch.Generator().manual_seed(m))
+    v = (v * 3).round() if ties else v
+    chosen = kernels.top(v, k)
+    assert torch.equal(v.gather(1, chosen).sort(-1).values, v.sort(-1).values[:, -k:])
+    assert all(len(set(row.tolist())) == k for row in chosen)
+
+
+def test_select_top_is_the_head_of_the_naive_preactivations():
+    x, centre, W, bias = (tensor.detach() for tensor in problem())
+    bias = bias - 8
+    values, support = kernels.select_top(x, centre, W, bias, K)
+    for b in range(B):
+        pre = [(((x[b] - centre) @ W[i] + bias[i]).item(), i) for i in range(N)]
+        wanted = {i: max(0.0, value) for value, i in sorted(pre)[-K:]}
+        assert dict(zip(support.index[b].tolist(), values[b].tolist())) == pytest.approx(wanted)
+    assert (values == 0).any() and (values > 0).any()
+
+
+def test_derivatives_are_those_of_finite_differences():
+    def rebuilt(x, centre, W, bias, decoder):
+        return kernels.sum_rows(*kernels.select_top(x, centre, W, bias, K), decoder)
+
+    decoder = torch.randn(N, D, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(rebuilt, (*problem(b=4), decoder))
+
+
+@pytest.mark.parametrize("n", [N, 2**16 + 2])  # beyond 16 bits the pairs are sorted otherwise
+def test_products_are_the_naive_sums(n):
+    g = torch.Generator().manual_seed(0)
+    index = torch.stack([torch.randperm(n - 1, generator=g)[:K] for _ in range(B)])
+    index[::2, 0] = n - 1  # a feature that many share
+    x, W, values = (torch.randn(shape, generator=g) for shape in ((B, D), (n, D), (B, K)))
+    support = kernels.Support(index, n)
+    dense = torch.zeros(B, n).scatter_(1, index, values)
+    assert torch.allclose(kernels.transpose_product(support, values, x), dense.T @ x, atol=1e-5)
+    assert torch.allclose(kernels.sampled_products(support, x, W), (x @ W.T).gather(1, index), atol=1e-5)
+    assert torch.allclose(kernels.sum_rows(values, support, W), dense @ W, atol=1e-5)
+    assert torch.allclose(kernels.sum_to_features(support, values), dense.sum(0), atol=1e-5)
+
+
+def test_quick_products_choose_by_bfloat16_and_give_float32_values():
+    x, centre, W, bias = problem(torch.float32, b=700, n=512)
+    exact, support = kernels.select_top(x, centre, W, bias, 8)
+    with kernels.quick_products(True):
+        quick, chosen = kernels.select_top(x, centre, W, bias, 8)
+        g_quick = torch.autograd.grad(quick.sum(), [x, centre, W, bias])
+    pre = (x - centre) @ W.T + bias
+    assert torch.allclose(quick, pre.gather(1, chosen.index).relu(), atol=1e-4)
+    bar = exact.min(-1).values
+    assert (quick.min(-1).values > bar - 0.02 * bar.abs() - 0.02).all()  # what was missed was missed by a rounding
+    assert (torch.isin(chosen.index, support.index)).float().mean() > 0.98
+    codes = pre * torch.zeros_like(pre).scatter_(1, chosen.index, 1.0)
+    for ours, dense in zip(g_quick, torch.autograd.grad(codes.relu().sum(), [x, centre, W, bias])):
+        assert torch.allclose(ours, dense, atol=1e-3)
+
+
+def test_quick_products_leave_everything_as_it_was():
+    before = torch.backends.mkldnn.matmul.fp32_precision, kernels._quick
+    with pytest.raises(KeyError), kernels.quick_products(True):
+        assert torch.backends.mkldnn.matmul.fp32_precision == "bf16" and kernels._quick
+        raise KeyError
+    with kernels.quick_products(False):
+        assert (torch.backends.mkldnn.matmul.fp32_precision, kernels._quick) == before
+    assert (torch.backends.mkldnn.matmul.fp32_precision, kernels._quick) == before
+
+
+def test_results_are_the_same_bits_every_time():
+    x, centre, W, bias = problem(torch.float32, b=3000, n=512)
+    with kernels.quick_products(True):
+        first, again = ([values, *torch.autograd.grad(kernels.sum_rows(values, support, W).square().sum(), [centre, W, bias])]
+                        for values, support in (kernels.select_top(x, centre, W, bias, 8) for _ in range(2)))
+    assert all(torch.equal(a, b) for a, b in zip(first, again))

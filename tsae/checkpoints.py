@@ -1,0 +1,132 @@
+"""Checkpoints of a training run: whole or not there at all, the newest whole one found again, a damaged one passed over."""
+
+import json
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from tqdm import tqdm
+
+from tsae import store
+
+State = dict  # nested dicts of tensors, numbers, strings and lists
+
+
+def save(folder: Path, step: int, state: State) -> None:
+    """Write `state` to folder/<step>, synced and renamed into place; then drop all but the newest two.
+
+    Raises OSError with a sentence when the disk is full or read-only: earlier checkpoints stay.
+    """
+    tensors, plain = _taken_apart(state)
+    final, new = folder / f"{step:015d}", None
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        new = Path(tempfile.mkdtemp(dir=folder, prefix="."))
+        save_file(tensors, new / "tensors.safetensors")
+        digest = store.digest(new / "tensors.safetensors")
+        (new / "state.json").write_text(json.dumps(dict(sha256=digest, key=store.key(**plain), state=plain)), encoding="utf-8")
+        for path in (new / "tensors.safetensors", new / "state.json", new):
+            _sync(path)
+        shutil.rmtree(final, ignore_errors=True)  # a damaged one of the same step
+        os.rename(new, final)
+        _sync(folder)
+    except (OSError, SafetensorError) as error:
+        raise OSError(f"the checkpoint {final} could not be written ({error}): free some space there or choose another "
+                      "folder; what was written before is kept") from error
+    finally:
+        if new:
+            shutil.rmtree(new, ignore_errors=True)
+    for old in _steps(folder)[:-2]:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def newest(folder: Path) -> State | None:
+    """The state of the newest checkpoint that is whole, or None; a damaged one is named on stderr and passed over."""
+    for place in reversed(_steps(folder)):
+        try:
+            held = store.read_json(place / "state.json")
+            if (store.digest(place / "tensors.safetensors"), store.key(**held["state"])) != (held["sha256"], held["key"]):
+                raise ValueError("it is not what was written")
+            return _put_together(load_file(place / "tensors.safetensors"), held["state"])
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+            tqdm.write(f"the checkpoint {place} is damaged ({error}): going on from an earlier one", file=sys.stderr)
+    return None
+
+
+def _steps(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.glob("[0-9]*") if path.is_dir())
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _taken_apart(state: State, name: str = "") -> tuple[dict[str, torch.Tensor], State]:
+    """The tensors by their dotted names, and the rest with their names in place of them."""
+    tensors, plain = {}, {}
+    for key, value in state.items():
+        path = f"{name}{key}"
+        if isinstance(value, torch.Tensor):
+            tensors[path], plain[key] = value.detach().cpu().contiguous().clone(), {"tensor": path}
+        elif isinstance(value, dict):
+            inner, plain[key] = _taken_apart(value, f"{path}.")
+            tensors |= inner
+        else:
+            plain[key] = value
+    return tensors, plain
+
+
+def _put_together(tensors: dict[str, torch.Tensor], plain: State) -> State:
+    def value(held):
+        if isinstance(held, dict):
+            return tensors[held["tensor"]] if set(held) == {"tensor"} else _put_together(tensors, held)
+        return held
+    return {key: value(held) for key, held in plain.items()}
+
+
+@dataclass
+class Stop:
+    """Which signal asked to stop, 0 if none did."""
+
+    signal: int = 0
+
+    def leave(self) -> None:
+        """Raise what the signal would have raised."""
+        raise KeyboardInterrupt if self.signal == signal.SIGINT else SystemExit(128 + self.signal)
+
+
+@contextmanager
+def stoppable() -> Iterator[Stop]:
+    """Inside, Ctrl-C and SIGTERM only take a note, so that the loop can write a checkpoint first; a second one is at once."""
+    stop, kinds = Stop(), (signal.SIGINT, signal.SIGTERM)
+    if threading.current_thread() is not threading.main_thread():
+        yield stop  # only the main thread may set handlers
+        return
+    before = {kind: signal.getsignal(kind) for kind in kinds}
+
+    def note(number, _):
+        stop.signal = number
+        for kind, handler in before.items():
+            signal.signal(kind, handler)
+
+    for kind in kinds:
+        signal.signal(kind, note)
+    try:
+        yield stop
+    finally:
+        for kind, handler in before.items():
+            signal.signal(kind, handler)

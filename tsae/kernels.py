@@ -1,0 +1,195 @@
+"""The products of a top-k step that touch k rows a position, and their derivatives: all but the encoder's one dense product.
+
+    select_top   the k largest of W (x - centre) + bias at every position, and which they are
+    sum_rows     sum_j values[b, j] W[index[b, j]]: the decoder
+
+On a GPU with Triton they run the kernels of `tsae.gpu`, elsewhere the library calls below, chosen by measurement. Gathers run
+in the order of the features, so that each row of W is read once and every sum has one fixed order: results are the same
+bits in every run on one machine.
+"""
+
+import ctypes
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch.nn.functional import embedding_bag, relu
+
+from tsae import gpu
+
+CHUNK = 4 << 20  # pre-activations held at once on a CPU: they stay in its caches between the product and the selection
+_quick = False
+
+
+@contextmanager
+def quick_products(on: bool) -> Iterator[None]:
+    """Inside, float32 matrix products may take bfloat16 (CPU) or tf32 (GPU) inputs, and the CPU keeps freed memory.
+
+    Top-k is then chosen from bfloat16 pre-activations; the chosen values are computed in float32. Fresh pages for every
+    large tensor of a step cost as much as its arithmetic: glibc is asked not to give them back, from the first use to the
+    end of the process.
+    """
+    global _quick
+    backends = [(torch.backends.mkldnn.matmul, "bf16"), (torch.backends.cuda.matmul, "tf32")] if on else []
+    before, was = [backend.fp32_precision for backend, _ in backends], _quick
+    if on and sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        libc.mallopt(-4, 0), libc.mallopt(-1, 2**31 - 1)  # M_MMAP_MAX: no maps of their own; M_TRIM_THRESHOLD: keep the heap
+    try:
+        for backend, precision in backends:
+            backend.fp32_precision = precision
+        _quick = on
+        yield
+    finally:
+        _quick = was
+        for (backend, _), precision in zip(backends, before):
+            backend.fp32_precision = precision
+
+
+class Support:
+    """Which of n features are active where: index (b, k), and the same b * k pairs in the order of their features."""
+
+    def __init__(self, index: torch.Tensor, n: int):
+        self.index, self.n = index, n
+
+    @cached_property
+    def order(self) -> torch.Tensor:
+        """(b * k,) where the pair that comes next stands in index.flatten()."""
+        features = self.index.flatten()
+        if self.n <= 2**16 and not features.is_cuda:  # numpy sorts 16 bits by radix
+            return torch.from_numpy(np.argsort(features.numpy().astype(np.uint16), kind="stable"))
+        return features.sort(stable=True).indices
+
+    @cached_property
+    def feature(self) -> torch.Tensor:
+        return self.index.flatten()[self.order]
+
+    @cached_property
+    def position(self) -> torch.Tensor:
+        return self.order // self.index.shape[1]
+
+    @cached_property
+    def starts(self) -> torch.Tensor:
+        """(n + 1,) where the pairs of each feature start."""
+        if self.index.is_cuda:  # there bincount would wait for the GPU
+            return torch.searchsorted(self.feature, torch.arange(self.n + 1, device=self.index.device))
+        ends = torch.bincount(self.index.flatten(), minlength=self.n).cumsum(0)
+        return torch.cat([ends.new_zeros(1), ends])
+
+
+def transpose_product(support: Support, values: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """C^T x (n, d) for the codes C (b, n) that have `values` (b, k) on their support, and x (b, d)."""
+    if gpu.takes(x):
+        return gpu.transpose_product(support.index, values, x, support.n, support.order)
+    return embedding_bag(support.position, x, support.starts, mode="sum", include_last_offset=True,
+                         per_sample_weights=values.flatten()[support.order])
+
+
+def sampled_products(support: Support, x: torch.Tensor, W: torch.Tensor) -> torch.Tensor:
+    """x[b] . W[index[b, j]] as (b, k), from x (b, d) and W (n, d)."""
+    if gpu.takes(x):
+        return gpu.sampled_products(x, W, support.index)
+    # A bag per feature whose members are the rows of x: the gradient of the bags' weights is what is wanted.
+    products = torch.ops.aten._embedding_bag_per_sample_weights_backward(
+        W, x, support.position, support.starts[:-1], support.feature, 0)
+    return torch.empty_like(products).index_copy_(0, support.order, products).view(support.index.shape)
+
+
+def top(v: torch.Tensor, k: int) -> torch.Tensor:
+    """Indices (b, k) of the k largest entries of each row of v (b, m), in no order.
+
+    The k largest lie in the k columns with the largest maxima when a row is cut into columns: selecting these first
+    spares most of the sort, as often as it pays.
+    """
+    m = v.shape[1]
+    groups = 1 << max(0, (4 * m // k).bit_length() - 1) // 2 if m > 16 * k else 1
+    if groups == 1 or m % groups:
+        return v.topk(k, dim=-1, sorted=False).indices
+    cut = v.view(len(v), groups, m // groups)
+    columns = top(cut.amax(1), k)
+    inside = top(cut.gather(2, columns.unsqueeze(1).expand(-1, groups, -1)).view(len(v), -1), k)
+    return inside // k * (m // groups) + columns.gather(1, inside % k)
+
+
+def _largest(x: torch.Tensor, W: torch.Tensor, bias: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Indices (b, k) of the largest W x + bias, and their values where they are exact (not `quick_products`)."""
+    if gpu.takes(x):
+        values, index = gpu.select_top(x, W, bias, k, torch.bfloat16 if _quick else torch.float32)
+        return index, values
+    rows = max(64, 1 << (CHUNK // len(W)).bit_length() - 1)
+    product = _bfloat16_product(W, bias, rows) if _quick else lambda part: torch.addmm(bias, part, W.T)
+    chosen = []
+    for part in x.split(rows):
+        pre = product(part)
+        # As 16-bit integers, bfloat16 values above zero keep their order and those below stay below: all that ReLU needs.
+        index = top(pre.view(torch.int16) if _quick else pre, k)
+        chosen.append((index, None if _quick else pre.gather(1, index)))
+    index = torch.cat([index for index, _ in chosen])
+    return index, None if _quick else torch.cat([values for _, values in chosen])
+
+
+def _bfloat16_product(W: torch.Tensor, bias: torch.Tensor, rows: int) -> Callable[[torch.Tensor], torch.Tensor]:
+    """x (rows, d) -> W x + bias (rows, n) in bfloat16, with W brought once into the layout that oneDNN multiplies fastest."""
+    W, bias = W.bfloat16(), bias.bfloat16()
+    if W.is_cuda or not torch.backends.mkldnn.is_available() or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return lambda x: torch.addmm(bias, x.bfloat16(), W.T)
+    packed = torch.ops.mkldnn._reorder_linear_weight(W, rows)
+    return lambda x: torch.ops.mkldnn._linear_pointwise(x.bfloat16(), packed, bias, "none", [], "")
+
+
+class _SelectTop(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, centre, W, bias, k):
+        inside = x - centre
+        index, values = _largest(inside, W, bias, k)
+        support = Support(index, len(W))
+        values = relu(sampled_products(support, inside, W) + bias[index] if values is None else values)
+        ctx.save_for_backward(inside, W, values)
+        ctx.support = support
+        return values, support
+
+    @staticmethod
+    def backward(ctx, g, _):
+        inside, W, values = ctx.saved_tensors
+        g = g * (values > 0)
+        g_bias = sum_to_features(ctx.support, g)
+        g_x = sum_rows(g, ctx.support, W) if ctx.needs_input_grad[0] else None
+        g_centre = -(g_bias @ W) if ctx.needs_input_grad[1] else None
+        return g_x, g_centre, transpose_product(ctx.support, g, inside), g_bias, None
+
+
+def sum_to_features(support: Support, values: torch.Tensor) -> torch.Tensor:
+    """(n,) the sum of each feature's values (b, k)."""
+    ordered = values.flatten()[support.order]
+    return torch.segment_reduce(ordered, "sum", offsets=support.starts, initial=0.0)
+
+
+class _SumRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, values, support, W):
+        ctx.save_for_backward(values, W)
+        ctx.support = support
+        if gpu.takes(W):
+            return gpu.sum_rows(values, support.index, W)
+        return embedding_bag(support.index, W, per_sample_weights=values, mode="sum")
+
+    @staticmethod
+    def backward(ctx, g):
+        values, W = ctx.saved_tensors
+        return sampled_products(ctx.support, g, W), None, transpose_product(ctx.support, values, g)
+
+
+def select_top(x: torch.Tensor, centre: torch.Tensor, W: torch.Tensor, bias: torch.Tensor,
+               k: int) -> tuple[torch.Tensor, Support]:
+    """The k largest of W (x - centre) + bias at each position through a ReLU: values (b, k) and their Support.
+
+    x (b, d), centre (d,), W (n, d), bias (n,), all float32.
+    """
+    return _SelectTop.apply(x, centre, W, bias, k)
+
+
+def sum_rows(values: torch.Tensor, support: Support, W: torch.Tensor) -> torch.Tensor:
+    """sum_j values[b, j] W[index[b, j]] (b, d)."""
+    return _SumRows.apply(values, support, W)
