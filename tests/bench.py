@@ -6,8 +6,8 @@ adds the other trainers, each from the package index in an environment of its ow
 
 Fairness. Contenders take turns (ABCABC...), one at a time on the same number of threads, and ratios are of medians over
 the rounds. What a step of each contains is said in tests/peers.py, beside its code. Each trains in its own loop with
-its own defaults: tsae with `quick=True`, as everywhere in this repository (bfloat16 products), the others in float32, but
-for `sae_lens_bf16`; dictionary_learning and sparsify have no bfloat16 on a CPU. The floor is no trainer.
+its own defaults: tsae with `quick=True`, as everywhere in this repository (bfloat16 products), the others in float32,
+but for `sae_lens_bf16`; dictionary_learning and sparsify have no bfloat16 on a CPU. The floor is no trainer.
 """
 
 import argparse
@@ -91,8 +91,9 @@ class Contender:
         threads = str(case["threads"])
         own = dict(OMP_NUM_THREADS=threads, MKL_NUM_THREADS=threads, TQDM_DISABLE="1", HF_HUB_OFFLINE="1")
         self.case, self.patience = case, patience
-        self.process = subprocess.Popen([python, "-P", SCRIPT, name, json.dumps(case)], stdin=subprocess.PIPE,
-                                        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=os.environ | own)
+        self.process = subprocess.Popen(  # no buffer: `select` must see every line
+            [python, "-P", SCRIPT, name, json.dumps(case)], bufsize=0, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL, env=os.environ | own)
         self.versions = self.answer()
         self.answer()
 
@@ -110,7 +111,6 @@ class Contender:
     def run(self, steps: int) -> float:
         """Train on `steps` batches: seconds a step. Notes the peak memory of the process."""
         self.process.stdin.write(f"run {steps}\n".encode())
-        self.process.stdin.flush()
         told = self.answer()
         self.peak_gb = told["peak_gb"]
         return told["seconds"] / steps
@@ -140,7 +140,7 @@ def enter(name: str, case: dict, options: argparse.Namespace) -> tuple[Contender
     if each * options.rounds > options.limit:
         contender.close()
         raise RuntimeError(f"a step takes {each:.0f} s, all rounds more than {options.limit:.0f} s")
-    return contender, max(1, min(200, int(options.turn / each)))
+    return contender, max(1, min(200, round(options.turn / each)))
 
 
 def spread(seconds: list[float]) -> dict:

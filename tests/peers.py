@@ -151,7 +151,7 @@ def sparsify(case, source):
 
 def dictionary_learning(case, source):
     """`trainSAE` with the trainer of the kind: Adam, gradients made orthogonal to the decoder, clipping (topk,
-    jumprelu), unit decoder rows, dead counts, AuxK (topk). Its bfloat16 autocast exists on GPUs only and is off by default.
+    jumprelu), unit decoder rows, dead counts, AuxK (topk). Its bfloat16 autocast, GPUs only, is off by default.
     """
     from dictionary_learning import trainers
     from dictionary_learning.training import trainSAE

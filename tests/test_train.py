@@ -310,6 +310,13 @@ def test_a_sweep_stays_within_its_memory_or_says_what_to_change(data, tmp_path, 
     assert not (tmp_path / "x").exists()
 
 
+class PowerCut(Shuffled):
+    def __next__(self):
+        if self.given == self.at:
+            raise RuntimeError("power cut")
+        return super().__next__()
+
+
 @pytest.mark.parametrize("activation", ["relu", "topk", "batchtopk", "jumprelu", "gated"])
 def test_a_run_goes_on_bit_for_bit_from_its_state(activation, tmp_path):
     x, t, u = planted(1000)
@@ -322,13 +329,10 @@ def test_a_run_goes_on_bit_for_bit_from_its_state(activation, tmp_path):
     runs, source = [begun(0), begun(1)], mixed(x, t, 50)
     whole = train.fit_all(runs, source, quick=True)
     for stop in (50, 400, 1150):
-        class Power(Shuffled):
-            def __next__(self):
-                if self.given * 50 == stop:
-                    raise RuntimeError("power cut")
-                return super().__next__()
+        cut = PowerCut(Memory(x, t), 50, 0)
+        cut.at = stop // 50
         with pytest.raises(RuntimeError, match="power cut"):
-            train.fit_all([begun(0), begun(1)], Power(Memory(x, t), 50, 0), True, tmp_path, checkpoint_every_s=0)
+            train.fit_all([begun(0), begun(1)], cut, True, tmp_path, checkpoint_every_s=0)
         again = [begun(5), begun(6)]  # what they are at the start is not what they go on from
         histories = train.fit_all(again, mixed(x, t, 50), True, tmp_path, checkpoint_every_s=0)
         for run, resumed, history, continued in zip(runs, again, whole, histories):

@@ -115,7 +115,7 @@ class Run:
         if not torch.isfinite(out["loss"]):
             raise FloatingPointError(f"the loss is {out['loss'].item()} after {self.seen} tokens: lower `lr`, or check the "
                                      "activations for outliers")
-        out["loss"].backward()
+        torch.autograd.backward(out["loss"])  # nnsight replaces Tensor.backward by one that reads source code, in no thread
         fired = parallel.share(self.sae, out["fired"])
         for optimiser, _ in self.optimisers:
             optimiser.step()
@@ -183,6 +183,7 @@ def fit_all(runs: list[Run], source: Iterator[Pair], quick: bool = False, folder
             if x is None:
                 raise ValueError(f"{tokens} tokens of training were asked for, the activations ended after "
                                  f"{runs[0].seen}: give more text, or train on fewer")
+            x, t = x.to(runs[0].silent.device), t.to(runs[0].silent.device)
             for run, out in zip(runs, each(Run.step, runs, repeat(x), repeat(t))):
                 run.log(x, out)
             progress.update(runs[0].seen - progress.n)
@@ -239,18 +240,28 @@ def prepare(lm, rows: torch.Tensor, layer: int, batch: int = 4096, buffer: int =
     in a buffer of `buffer` tokens, and `stats` come from the first `sample_rows` rows.
     """
     layer = lm.layer(layer)
-    code = store.key(**{name: store.digest(Path(__file__).with_name(name)) for name in ("lm.py", "activations.py")})
-    identity = dict(layer=layer, weights=lm.fingerprint, rows=_digest(rows), code=code)
-    held = len(rows) * rows.shape[1] * (2 * lm.d_model + 4) < store_gb * 1e9
-    kept = rows if held else rows[:sample_rows]
-    activations = Store.make(folder / store.key(**identity | dict(rows=_digest(kept))), kept, lm.at(layer), lm.keep, lm.d_model,
-                             identity | dict(rows=_digest(kept)), max_gb=store_gb)
-    unigrams = _cached(folder / f"unigrams-{store.key(**identity | dict(rows=''))}.safetensors", lambda: lm.unigrams(layer))
-    stats = activations.statistics(lm.vocabulary)
-    identity |= dict(batch=batch, buffer=0 if held else buffer, sample_rows=0 if held else sample_rows)
-    if held:
-        return Data(lambda seed: Shuffled(activations, batch, seed), stats, unigrams, identity)
-    return Data(lambda seed: Streamed(rows, lm.at(layer), lm.keep, batch, buffer, seed), stats, unigrams, identity)
+    stored = len(rows) * rows.shape[1] * (2 * lm.d_model + 4) < store_gb * 1e9
+    held = _stored(lm, rows if stored else rows[:sample_rows], layer, store_gb, folder)
+    unigrams = _cached(folder / f"unigrams-{store.key(**held.identity)}.safetensors", lambda: lm.unigrams(layer))
+    stats = {name: value.to(lm.device) for name, value in held.statistics(lm.vocabulary).items()}
+    identity = held.identity | dict(batch=batch, rows=_digest(rows), buffer=0 if stored else buffer)
+    if stored:
+        ahead = lm.device.type == "cuda"  # reads while the GPU works
+        return Data(lambda seed: Shuffled(held, batch, seed, ahead), stats, unigrams.to(lm.device), identity)
+    return Data(lambda seed: Streamed(rows, lm.at(layer), lm.keep, batch, buffer, seed), stats, unigrams.to(lm.device),
+                identity)
+
+
+def held_out(lm, rows: torch.Tensor, layer: int, store_gb: float = 20.0, folder: Path = store.CACHE / "activations") -> Pair:
+    """All pairs of token rows (N, T) in memory, x (m, d) float32, t (m,) int64, in their order; from a store, made once."""
+    held = _stored(lm, rows, lm.layer(layer), store_gb, folder)
+    return tuple(tensor.to(lm.device) for tensor in held.gather(torch.arange(len(held))))
+
+
+def _stored(lm, rows: torch.Tensor, layer: int, store_gb: float, folder: Path) -> Store:
+    code = {name: store.digest(Path(__file__).with_name(name)) for name in ("lm.py", "activations.py")}
+    identity = dict(layer=layer, weights=lm.fingerprint, rows=_digest(rows), code=store.key(**code))
+    return Store.make(folder / store.key(**identity), rows, lm.at(layer), lm.keep, lm.d_model, identity, max_gb=store_gb)
 
 
 def _cached(path: Path, make: Callable[[], torch.Tensor]) -> torch.Tensor:

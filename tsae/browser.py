@@ -1,0 +1,313 @@
+"""A browser of features: static pages that need no server and no network, as a folder or as one file.
+
+    text = Text(x, t, rows, places, strings, unigrams, unembedding)  # shared by all SAEs that are shown
+    write("browser", text, [gather(sae, "with table", text, scores), ...], "My SAEs")
+
+The folder opens from disk and stays fast with tens of thousands of features, which it loads in parts. `write_one` makes
+a single file with the same pages: that is the form for JupyterLab, which does not let a page load others beside it.
+"""
+
+import base64
+import hashlib
+import html
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from string import Template
+
+import numpy as np
+import pandas as pd
+import torch
+from torch.nn.functional import normalize
+
+from tsae import store
+from tsae.sae import SAE
+
+BINS = 30  # of a histogram of codes, of equal width from 0 to the feature's largest code
+LISTED = 8  # tokens in each list of a feature, features in the list of a token
+NEAREST = 6
+PART = dict(features=64, tokens=256, rows=256)  # in one file of data
+GENERATOR = '<meta name="generator" content="tsae.browser">'
+MEANINGS = dict(
+    frequency="share of the positions where it fires", firings="positions where it fires", peak="largest code",
+    mean="mean code where it fires", frequency_of_token="share of the positions that hold the token")
+
+
+@dataclass
+class Text:
+    """Held-out text and what belongs to its language model, the same for every SAE that is shown.
+
+    x (m, d), t (m,): activations, raw, and tokens of m positions; places (m, 2): their row and column in the token rows
+    (N, T), from features.where; strings: the V tokens as text. Optional, (V, d): unigrams, the activations of [BOS, t];
+    unembedding, the rows that score next tokens, with the final norm's gain folded in.
+    """
+
+    x: torch.Tensor
+    t: torch.Tensor
+    rows: torch.Tensor
+    places: np.ndarray
+    strings: list[str]
+    unigrams: torch.Tensor | None = None
+    unembedding: torch.Tensor | None = None
+
+    def __post_init__(self):
+        at = self.rows.cpu().numpy()[tuple(self.places.T)]
+        if not len(self.x) == len(self.t) == len(at) or not np.array_equal(at, self.t.cpu().numpy()):
+            raise ValueError("x, t and places do not belong together: rows[places] must be t (see features.where)")
+        if (np.diff(self.places @ [self.rows.shape[1], 1]) <= 0).any():
+            raise ValueError("the places are not in reading order: take them from features.where")
+        if int(self.rows.max()) >= len(self.strings):
+            raise ValueError(f"the text holds token {int(self.rows.max())}, there are strings for {len(self.strings)}")
+
+
+@dataclass
+class Pages:
+    """What is shown of one SAE: scores, one row a live feature; features, one dict for each of these; tokens, one dict
+    for each token of the text; directions (live, d): the decoder's rows."""
+
+    name: str
+    n: int
+    scores: pd.DataFrame
+    features: list[dict]
+    tokens: dict[int, dict]
+    directions: torch.Tensor
+
+
+@torch.no_grad()
+def firings(sae: SAE, x: torch.Tensor, t: torch.Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """All codes above 0 of x (m, d) raw, t (m,), as arrays feature, position, code: by feature, then by position."""
+    batch, parts = max(64, 2**24 // sae.n), []
+    for first in range(0, len(x), batch):
+        codes = sae.encode(x[first:first + batch], t[first:first + batch])
+        position, feature = codes.nonzero(as_tuple=True)
+        parts.append([part.cpu().numpy() for part in (feature, position + first, codes[position, feature].float())])
+    feature, position, code = map(np.concatenate, zip(*parts))
+    order = np.argsort(feature, kind="stable")
+    return feature[order], position[order], code[order]
+
+
+def leading(group: np.ndarray, key: np.ndarray, most: int, once: np.ndarray | None = None) -> np.ndarray:
+    """Where the `most` smallest keys of each group stand: by group, then by key. `once`: at most one of each such value."""
+    order = np.lexsort((key, group))
+    if once is not None:
+        pair = group[order].astype(np.int64) * (int(once.max()) + 1) + once[order]
+        order = order[np.sort(np.unique(pair, return_index=True)[1])]
+    ordered = group[order]
+    return order[np.arange(len(order)) - np.searchsorted(ordered, ordered) < most]
+
+
+@torch.no_grad()
+def strongest(a: torch.Tensor, b: torch.Tensor, top: int, sign: int = 1) -> list[list[tuple[int, float]]]:
+    """For every row of a (n, d) the `top` rows of b (m, d) with the largest sign * <a, b>, and <a, b>; not itself if a is b."""
+    found, chunk = [], max(1, 2**24 // len(b))
+    for first in range(0, len(a), chunk):
+        product = sign * (a[first:first + chunk] @ b.T)
+        if a is b:
+            own = torch.arange(len(product), device=product.device)
+            product[own, own + first] = -torch.inf
+        value, index = product.topk(min(top, len(b) - (a is b)), dim=1)
+        found += [list(zip(*row)) for row in zip(index.tolist(), short(sign * value.cpu().numpy()).tolist())]
+    return found
+
+
+def short(values: np.ndarray) -> np.ndarray:
+    """Float64 with four significant digits."""
+    values = np.asarray(values, np.float64)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        unit = 10.0 ** np.clip(3 - np.floor(np.log10(np.abs(values))), 0, 15)
+        return np.where((values == 0) | ~np.isfinite(values), values, np.round(values * unit) / unit)
+
+
+def gather(sae: SAE, name: str, text: Text, scores: pd.DataFrame | None = None, contexts_each: int = 8,
+           seed: int = 0) -> Pages:
+    """One pass over the text, and everything that is shown of an SAE.
+
+    `scores` has a column "feature" and any others: numbers, text, or token ids where the name ends in `_token`. Contexts
+    are `contexts_each` of the strongest, of those nearest to the median code and of random ones, a row of text at most
+    once in each; codes in units of the SAE's scale.
+    """
+    feature, position, code = firings(sae, text.x, text.t)
+    if not len(code):
+        raise ValueError(f"no feature of {name!r} fires on this text: there is nothing to show")
+    live, start, count = np.unique(feature, return_index=True, return_counts=True)
+    own, peak = np.repeat(np.arange(len(live)), count), np.maximum.reduceat(code, start)
+    bins = np.minimum(BINS * (code / peak[own]), BINS - 1).astype(np.int64)
+    histogram = np.bincount(own * BINS + bins, minlength=BINS * len(live)).reshape(-1, BINS)
+    t = text.t.cpu().numpy().astype(np.int64)
+    pair, inverse = np.unique(own * len(text.strings) + t[position], return_inverse=True)
+    of_feature, of_token = np.divmod(pair, len(text.strings))
+    mass, fired, total = np.bincount(inverse, code), np.bincount(inverse), np.add.reduceat(code, start, dtype=np.float64)
+    best = leading(of_feature, -mass, LISTED)
+    lists = dict(tokens=_lists(of_feature[best], len(live), of_token[best], short(mass[best] / total[of_feature[best]])))
+
+    directions = sae.W_dec.detach()[torch.as_tensor(live, device=sae.W_dec.device)].float()
+    unit = normalize(directions, dim=1)
+    if text.unembedding is not None:
+        logits = (text.unembedding - text.unembedding.mean(0)).to(directions) * sae.scale
+        lists |= dict(promoted=strongest(directions, logits, LISTED), suppressed=strongest(directions, logits, LISTED, -1))
+    if text.unigrams is not None:
+        lists["unigrams"] = strongest(unit, _centred(text.unigrams).to(unit), NEAREST)
+    if sae.lookup != "none":
+        lists["rows"] = strongest(unit, _centred(sae.W_lookup.detach()).float(), NEAREST)
+    contexts = _contexts(own, start, count, position, code, text.places, contexts_each, seed)
+    features = [dict(peak=top, histogram=bins, contexts=found, **dict(zip(lists, row)))
+                for top, bins, found, *row in zip(short(peak).tolist(), histogram.tolist(), contexts, *lists.values())]
+
+    table = pd.DataFrame(dict(feature=live, frequency=count / len(t), peak=peak, mean=total / count))
+    if scores is not None:
+        if "feature" not in scores or scores["feature"].duplicated().any():
+            raise ValueError('the scores need a column "feature" that names every feature once')
+        table = table.drop(columns=set(scores) & set(table) - {"feature"}).merge(scores, on="feature", how="left")
+    best = leading(of_token, -mass, LISTED)
+    seen, occurs = np.unique(t, return_counts=True)
+    answers = _lists(np.searchsorted(seen, of_token[best]), len(seen), live[of_feature[best]],
+                     short(fired[best] / occurs[np.searchsorted(seen, of_token[best])]), short(mass[best] / fired[best]))
+    l0 = short(np.bincount(t[position], minlength=len(text.strings))[seen] / occurs).tolist()
+    tokens = {int(token): dict(features=found, l0=level) for token, found, level in zip(seen, answers, l0)}
+    if sae.lookup != "none":
+        _describe_rows(tokens, sae.W_lookup.detach().float() * sae.scale, "row")
+    return Pages(name, sae.n, table, features, tokens, unit)
+
+
+def _lists(group: np.ndarray, n: int, *columns: np.ndarray) -> list[list[tuple]]:
+    """For each of n groups, its entries; `group` ascends."""
+    entries = list(zip(*[column.tolist() for column in columns]))
+    return [entries[a:b] for a, b in pairwise(np.searchsorted(group, np.arange(n + 1)).tolist())]
+
+
+def _centred(table: torch.Tensor) -> torch.Tensor:
+    return normalize(table - table.mean(0), dim=1)
+
+
+def _describe_rows(tokens: dict[int, dict], table: torch.Tensor, name: str) -> None:
+    """Add to each token's dict the norm of its row of `table` (V, d), its rank by it, and the nearest of the others."""
+    ids = list(tokens)
+    rows = table[torch.tensor(ids, device=table.device)]
+    norm, unit = rows.norm(dim=1).cpu().numpy(), _centred(rows)
+    rank = short(norm.argsort().argsort() / max(1, len(ids) - 1)).tolist()
+    for token, *found, near in zip(ids, short(norm).tolist(), rank, strongest(unit, unit, NEAREST)):
+        tokens[token][name] = [*found, [(ids[i], cosine) for i, cosine in near]]
+
+
+def _contexts(own, start, count, position, code, places, each: int, seed: int) -> list[dict[str, list]]:
+    """For each feature {kind: [(row, column, columns, codes)]}: all the feature's codes in the row of each context."""
+    row, column = places[position].T
+    rank = np.empty(len(code), np.int64)
+    rank[np.lexsort((-code, own))] = np.arange(len(code)) - np.repeat(start, count)
+    keys = dict(top=rank, middle=abs(2 * rank - (count[own] - 1)), random=np.random.default_rng(seed).permutation(len(code)))
+    pair = own * (int(row.max()) + 1) + row  # ascends, as the firings of a feature are in reading order
+    columns, codes, found = column.tolist(), short(code).tolist(), []
+    for key in keys.values():
+        chosen = leading(own, key, each, once=row)
+        spans = zip(row[chosen].tolist(), column[chosen].tolist(), np.searchsorted(pair, pair[chosen]).tolist(),
+                    np.searchsorted(pair, pair[chosen], side="right").tolist())
+        shown = [(row, at, columns[a:b], codes[a:b]) for row, at, a, b in spans]
+        found.append([shown[a:b] for a, b in pairwise(np.searchsorted(own[chosen], np.arange(len(start) + 1)).tolist())])
+    return [dict(zip(keys, kinds)) for kinds in zip(*found)]
+
+
+def script_json(value: object) -> str:
+    """JSON that can stand inside a <script>: no "<", so neither `</script>` nor `<!--`; ASCII, so no U+2028; no NaN."""
+    return json.dumps(value, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
+
+
+def data(text: Text, pages: list[Pages], title: str, about: dict[str, str], meanings: dict[str, str]) -> Iterator:
+    """Everything that the pages show, as pairs (key, value) of what is loaded at once."""
+    kinds = [{name: _kind(column) for name, column in page.scores.items() if name != "feature"} for page in pages]
+    yield "about", dict(
+        title=title, about={key: str(value) for key, value in about.items()}, meanings=MEANINGS | meanings, part=PART,
+        positions=len(text.t), saes=[dict(name=page.name, n=page.n, live=len(page.scores), columns=kind)
+                                     for page, kind in zip(pages, kinds)])
+    yield "strings", dict(strings=text.strings, counts=np.bincount(text.t.cpu().numpy(), minlength=len(text.strings)).tolist())
+    for first in range(0, len(text.rows), PART["rows"]):
+        yield f"x{first // PART['rows']}", text.rows[first:first + PART["rows"]].tolist()
+    for i, page in enumerate(pages):
+        level = np.log1p(np.array([found["histogram"] for found in page.features]))
+        shape = np.ceil(9 * level / level.max(axis=1, keepdims=True)).astype(int)
+        yield f"s{i}", dict(
+            feature=page.scores["feature"].tolist(), columns={name: _column(page.scores[name], kinds[i][name]) for name in kinds[i]},
+            shape=["".join(map(str, row)) for row in shape.tolist()],
+            **{name: [[token for token, _ in found.get(name, [])] for found in page.features] for name in ("tokens", "promoted")})
+        near = [[[(int(other.scores["feature"].iat[j]), cosine) for j, cosine in row]
+                 for row in strongest(page.directions, other.directions, NEAREST)] for other in pages]
+        every = [found | dict(near=row) for found, *row in zip(page.features, *near)]
+        for first in range(0, len(every), PART["features"]):
+            yield f"s{i}f{first // PART['features']}", every[first:first + PART["features"]]
+    tokens = {token: dict(saes=[page.tokens[token] for page in pages]) for token in pages[0].tokens}
+    if text.unigrams is not None:
+        _describe_rows(tokens, text.unigrams.float(), "unigram")
+    for first in range(0, len(text.strings), PART["tokens"]):
+        part = {token: tokens[token] for token in range(first, first + PART["tokens"]) if token in tokens}
+        if part:
+            yield f"t{first // PART['tokens']}", part
+
+
+def _kind(column: pd.Series) -> str:
+    if column.name.endswith("_token"):
+        return "token"
+    return "number" if pd.api.types.is_numeric_dtype(column) else "text"
+
+
+def _column(column: pd.Series, kind: str) -> list:
+    if kind == "text":
+        return ["" if missing else str(value) for value, missing in zip(column, column.isna())]
+    return [value if np.isfinite(value) else None for value in short(column.to_numpy(np.float64, na_value=np.nan)).tolist()]
+
+
+def _page(title: str, policy: str, head: str, scripts: str) -> str:
+    page = Template((Path(__file__).parent / "browser.html").read_text(encoding="utf-8"))
+    return page.substitute(title=html.escape(title), policy=policy, generator=GENERATOR, head=head, scripts=scripts)
+
+
+def write(folder: str | Path, text: Text, pages: list[Pages], title: str = "Features", about: dict[str, str] | None = None,
+          meanings: dict[str, str] | None = None) -> Path:
+    """Write the browser as a folder, whole or not at all, and return its index.html. An older browser there is replaced.
+
+    `about`: facts that the pages state (model, layer, text); `meanings`: what a score is, by the name of its column.
+    """
+    folder = Path(folder)
+    if folder.exists() and not _replaceable(folder):
+        raise ValueError(f"{folder} is there and is no feature browser: name another folder, or move this one away")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    new = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
+    try:
+        (new / "data").mkdir()
+        for name in ("browser.css", "browser.js"):
+            shutil.copyfile(Path(__file__).parent / name, new / name)
+        for key, value in data(text, pages, title, about or {}, meanings or {}):
+            (new / "data" / f"{key}.js").write_text(f'tsae("{key}",{script_json(value)})\n', encoding="ascii")
+        policy = "default-src 'none'; script-src 'self' file:; style-src 'self' file:; base-uri 'none'; form-action 'none'"
+        (new / "index.html").write_text(_page(title, policy, '<link rel="stylesheet" href="browser.css">',
+                                              '<script src="browser.js"></script>'), encoding="utf-8")
+        os.chmod(new, 0o755)  # mkdtemp makes folders that only their owner can read
+        if folder.exists():
+            os.replace(folder, new / "old")  # a folder can only be renamed to where nothing is
+        os.replace(new, folder)
+        shutil.rmtree(folder / "old", ignore_errors=True)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+    return folder / "index.html"
+
+
+def _replaceable(folder: Path) -> bool:
+    if not folder.is_dir() or folder.is_symlink():
+        return False
+    index = folder / "index.html"
+    return not any(folder.iterdir()) or index.is_file() and GENERATOR in index.read_text(encoding="utf-8", errors="replace")
+
+
+def write_one(path: str | Path, text: Text, pages: list[Pages], title: str = "Features",
+              about: dict[str, str] | None = None, meanings: dict[str, str] | None = None) -> Path:
+    """The same pages in one file; it is read whole, so rather for thousands of features than for tens of thousands."""
+    style, code = ((Path(__file__).parent / name).read_text(encoding="utf-8") for name in ("browser.css", "browser.js"))
+    allowed = [base64.b64encode(hashlib.sha256(part.encode()).digest()).decode() for part in (code, style)]
+    policy = "default-src 'none'; script-src 'sha256-{}'; style-src 'sha256-{}'; form-action 'none'".format(*allowed)
+    blocks = [f'<script type="application/json" id="data-{key}">{script_json(value)}</script>'
+              for key, value in data(text, pages, title, about or {}, meanings or {})]
+    return store.write_text(path, _page(title, policy, f"<style>{style}</style>",
+                                        "\n".join([*blocks, f"<script>{code}</script>"])))
