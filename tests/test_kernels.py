@@ -74,13 +74,31 @@ def test_quick_products_choose_by_bfloat16_and_give_float32_values():
 
 
 def test_quick_products_leave_everything_as_it_was():
-    before = torch.backends.mkldnn.matmul.fp32_precision, kernels._quick
+    before = torch.backends.cuda.matmul.fp32_precision, kernels._quick
     with pytest.raises(KeyError), kernels.quick_products(True):
-        assert torch.backends.mkldnn.matmul.fp32_precision == "bf16" and kernels._quick
+        assert torch.backends.cuda.matmul.fp32_precision == "tf32" and kernels._quick
         raise KeyError
     with kernels.quick_products(False):
-        assert (torch.backends.mkldnn.matmul.fp32_precision, kernels._quick) == before
-    assert (torch.backends.mkldnn.matmul.fp32_precision, kernels._quick) == before
+        assert (torch.backends.cuda.matmul.fp32_precision, kernels._quick) == before
+    assert (torch.backends.cuda.matmul.fp32_precision, kernels._quick) == before
+
+
+def test_dense_products_have_the_derivatives_of_finite_differences():
+    x, centre, W, bias = problem(b=3, n=6)
+    codes = torch.randn(3, 6, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(kernels.preactivations, (x, centre, W, bias))
+    assert torch.autograd.gradcheck(kernels.decoded, (codes, W))
+    assert torch.allclose(kernels.preactivations(x, centre, W, bias), (x - centre) @ W.T + bias)
+    assert torch.allclose(kernels.decoded(codes, W), codes @ W)
+
+
+def test_quick_dense_products_are_rounded_and_no_more():
+    x, centre, W, bias = problem(torch.float32, b=300, n=200)
+    exact = kernels.preactivations(x, centre, W, bias)
+    with kernels.quick_products(True):
+        quick = kernels.preactivations(x, centre, W, bias)
+    assert quick.dtype == torch.float32 and not torch.equal(quick, exact)
+    assert (quick - exact).abs().max() < 2**-7 * ((x - centre).norm(dim=1).max() * W.norm(dim=1).max())
 
 
 def test_results_are_the_same_bits_every_time():

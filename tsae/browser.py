@@ -33,9 +33,8 @@ LISTED = 8  # tokens in each list of a feature, features in the list of a token
 NEAREST = 6
 PART = dict(features=64, tokens=256, rows=256)  # in one file of data
 GENERATOR = '<meta name="generator" content="tsae.browser">'
-MEANINGS = dict(
-    frequency="share of the positions where it fires", firings="positions where it fires", peak="largest code",
-    mean="mean code where it fires", frequency_of_token="share of the positions that hold the token")
+MEANINGS = dict(frequency="share of the positions where it fires", peak_code="its largest code",
+                mean_code="its mean code where it fires")
 
 
 @dataclass
@@ -158,11 +157,12 @@ def gather(sae: SAE, name: str, text: Text, scores: pd.DataFrame | None = None, 
     features = [dict(peak=top, histogram=bins, contexts=found, **dict(zip(lists, row)))
                 for top, bins, found, *row in zip(short(peak).tolist(), histogram.tolist(), contexts, *lists.values())]
 
-    table = pd.DataFrame(dict(feature=live, frequency=count / len(t), peak=peak, mean=total / count))
+    table = pd.DataFrame(dict(feature=live, frequency=count / len(t), peak_code=peak, mean_code=total / count))
     if scores is not None:
         if "feature" not in scores or scores["feature"].duplicated().any():
             raise ValueError('the scores need a column "feature" that names every feature once')
-        table = table.drop(columns=set(scores) & set(table) - {"feature"}).merge(scores, on="feature", how="left")
+        ours = [name for name in table if name == "feature" or name not in scores]
+        table = table[ours].merge(scores, on="feature", how="left")[list(dict.fromkeys([*table, *scores]))]
     best = leading(of_token, -mass, LISTED)
     seen, occurs = np.unique(t, return_counts=True)
     answers = _lists(np.searchsorted(seen, of_token[best]), len(seen), live[of_feature[best]],
@@ -218,6 +218,9 @@ def script_json(value: object) -> str:
 
 def data(text: Text, pages: list[Pages], title: str, about: dict[str, str], meanings: dict[str, str]) -> Iterator:
     """Everything that the pages show, as pairs (key, value) of what is loaded at once."""
+    seen = set(text.t.tolist())
+    if not pages or any(set(page.tokens) != seen for page in pages):
+        raise ValueError("nothing to show, or pages that were gathered on another text: gather all of them on this one")
     kinds = [{name: _kind(column) for name, column in page.scores.items() if name != "feature"} for page in pages]
     yield "about", dict(
         title=title, about={key: str(value) for key, value in about.items()}, meanings=MEANINGS | meanings, part=PART,
@@ -227,8 +230,8 @@ def data(text: Text, pages: list[Pages], title: str, about: dict[str, str], mean
     for first in range(0, len(text.rows), PART["rows"]):
         yield f"x{first // PART['rows']}", text.rows[first:first + PART["rows"]].tolist()
     for i, page in enumerate(pages):
-        level = np.log1p(np.array([found["histogram"] for found in page.features]))
-        shape = np.ceil(9 * level / level.max(axis=1, keepdims=True)).astype(int)
+        level = np.array([found["histogram"] for found in page.features])
+        shape = np.ceil(9 * level / level.max(axis=1, keepdims=True)).astype(int)  # a digit a bin, 1 where there is any
         yield f"s{i}", dict(
             feature=page.scores["feature"].tolist(), columns={name: _column(page.scores[name], kinds[i][name]) for name in kinds[i]},
             shape=["".join(map(str, row)) for row in shape.tolist()],
@@ -285,10 +288,15 @@ def write(folder: str | Path, text: Text, pages: list[Pages], title: str = "Feat
         (new / "index.html").write_text(_page(title, policy, '<link rel="stylesheet" href="browser.css">',
                                               '<script src="browser.js"></script>'), encoding="utf-8")
         os.chmod(new, 0o755)  # mkdtemp makes folders that only their owner can read
+        old = new.with_name(f"{new.name}-old")
         if folder.exists():
-            os.replace(folder, new / "old")  # a folder can only be renamed to where nothing is
-        os.replace(new, folder)
-        shutil.rmtree(folder / "old", ignore_errors=True)
+            os.replace(folder, old)  # a folder cannot be renamed onto a full one
+        try:
+            os.replace(new, folder)
+        except OSError:
+            os.replace(old, folder)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(new, ignore_errors=True)
     return folder / "index.html"

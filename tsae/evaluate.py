@@ -104,17 +104,18 @@ def reconstruction(sae: SAE, x: torch.Tensor, t: torch.Tensor, batch: int = 1024
     With a table also: `lookup_nmse`, the error of the table alone (b_dec + W_lookup[t], no features), and `lookup_share`,
     the share of the variance that the whole SAE explains which the table explains alone.
     """
-    errors, lookup_errors, l0, summed, lookup_summed = [], [], [], 0.0, 0.0
+    errors, lookup_errors, firings, summed, lookup_summed = [], [], 0, 0.0, 0.0
     fired = torch.zeros(sae.n, dtype=torch.bool, device=x.device)
     for a, tokens in zip(x.split(batch), t.split(batch)):
-        codes = sae.encode(a, tokens)
-        a_hat, alone = sae.decode(codes, tokens), sae.table_alone(tokens)
+        out = sae.loss(a, tokens)
+        a_hat, alone = out["z_hat"] * sae.scale, sae.table_alone(tokens)
         errors.append(squared_errors(a, a_hat)), lookup_errors.append(squared_errors(a, alone))
         summed, lookup_summed = summed + (a - a_hat).square().sum(), lookup_summed + (a - alone).square().sum()
-        l0.append((codes > 0).sum(-1)), fired.logical_or_((codes > 0).any(0))
+        firings += (out["codes"] > 0).sum()
+        fired |= out["fired"]
     variance = (x - x.mean(0)).square().sum()
     result = dict(nmse=torch.cat(errors).mean().item(), fvu=(summed / variance).item(),
-                  l0=torch.cat(l0).float().mean().item(), dead=1 - fired.float().mean().item())
+                  l0=(firings / len(x)).item(), dead=1 - fired.float().mean().item())
     if sae.lookup != "none":
         result |= dict(lookup_nmse=torch.cat(lookup_errors).mean().item(),
                        lookup_share=((1 - lookup_summed / variance) / (1 - summed / variance)).item())

@@ -12,7 +12,7 @@ import ctypes
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cache, cached_property
 
 import numpy as np
 import torch
@@ -26,26 +26,24 @@ _quick = False
 
 @contextmanager
 def quick_products(on: bool) -> Iterator[None]:
-    """Inside, float32 matrix products may take bfloat16 (CPU) or tf32 (GPU) inputs, and the CPU keeps freed memory.
+    """Inside, the products of this module take bfloat16 (CPU) or tf32 (GPU) inputs, and the CPU keeps freed memory.
 
     Top-k is then chosen from bfloat16 pre-activations; the chosen values are computed in float32. Fresh pages for every
     large tensor of a step cost as much as its arithmetic: glibc is asked not to give them back, from the first use to the
     end of the process.
     """
     global _quick
-    backends = [(torch.backends.mkldnn.matmul, "bf16"), (torch.backends.cuda.matmul, "tf32")] if on else []
-    before, was = [backend.fp32_precision for backend, _ in backends], _quick
+    before, was = torch.backends.cuda.matmul.fp32_precision, _quick
     if on and sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         libc.mallopt(-4, 0), libc.mallopt(-1, 2**31 - 1)  # M_MMAP_MAX: no maps of their own; M_TRIM_THRESHOLD: keep the heap
     try:
-        for backend, precision in backends:
-            backend.fp32_precision = precision
+        if on:
+            torch.backends.cuda.matmul.fp32_precision = "tf32"
         _quick = on
         yield
     finally:
         _quick = was
-        for (backend, _), precision in zip(backends, before):
-            backend.fp32_precision = precision
+        torch.backends.cuda.matmul.fp32_precision = before
 
 
 class Support:
@@ -130,10 +128,15 @@ def _largest(x: torch.Tensor, W: torch.Tensor, bias: torch.Tensor, k: int) -> tu
     return index, None if _quick else torch.cat([values for _, values in chosen])
 
 
+@cache
+def _has_bfloat16() -> bool:
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
 def _bfloat16_product(W: torch.Tensor, bias: torch.Tensor, rows: int) -> Callable[[torch.Tensor], torch.Tensor]:
     """x (rows, d) -> W x + bias (rows, n) in bfloat16, with W brought once into the layout that oneDNN multiplies fastest."""
     W, bias = W.bfloat16(), bias.bfloat16()
-    if W.is_cuda or not torch.backends.mkldnn.is_available() or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    if W.is_cuda or not _has_bfloat16():
         return lambda x: torch.addmm(bias, x.bfloat16(), W.T)
     packed = torch.ops.mkldnn._reorder_linear_weight(W, rows)
     return lambda x: torch.ops.mkldnn._linear_pointwise(x.bfloat16(), packed, bias, "none", [], "")
@@ -193,3 +196,47 @@ def select_top(x: torch.Tensor, centre: torch.Tensor, W: torch.Tensor, bias: tor
 def sum_rows(values: torch.Tensor, support: Support, W: torch.Tensor) -> torch.Tensor:
     """sum_j values[b, j] W[index[b, j]] (b, d)."""
     return _SumRows.apply(values, support, W)
+
+
+def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """a b, float32 in and out; inside `quick_products` on a CPU from inputs rounded to bfloat16."""
+    if _quick and not a.is_cuda and _has_bfloat16():  # oneDNN's own conversion of float32 takes twice as long
+        return (a.bfloat16() @ b.bfloat16()).float()
+    return a @ b
+
+
+class _Preactivations(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, centre, W, bias):
+        inside = x - centre
+        ctx.save_for_backward(inside, W)
+        return product(inside, W.T).add_(bias)
+
+    @staticmethod
+    def backward(ctx, g):
+        inside, W = ctx.saved_tensors
+        g_bias = g.sum(0)
+        g_x = product(g, W) if ctx.needs_input_grad[0] else None
+        return g_x, -(g_bias @ W), product(g.T, inside), g_bias
+
+
+class _Decoded(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, codes, W):
+        ctx.save_for_backward(codes, W)
+        return product(codes, W)
+
+    @staticmethod
+    def backward(ctx, g):
+        codes, W = ctx.saved_tensors
+        return product(g, W.T), product(codes.T, g) if ctx.needs_input_grad[1] else None
+
+
+def preactivations(x: torch.Tensor, centre: torch.Tensor, W: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """W (x - centre) + bias (b, n) at every position; the gradient of `centre` costs no product over the batch."""
+    return _Preactivations.apply(x, centre, W, bias)
+
+
+def decoded(codes: torch.Tensor, W: torch.Tensor) -> torch.Tensor:
+    """codes (b, n) times W (n, d)."""
+    return _Decoded.apply(codes, W)

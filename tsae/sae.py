@@ -20,10 +20,29 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.functional import embedding, mse_loss, relu
 
-from tsae.kernels import Support, select_top, sum_rows, top
+from tsae.kernels import Support, decoded, preactivations, select_top, sum_rows, top
 
 ACTIVATIONS = ("relu", "topk", "batchtopk", "jumprelu", "gated")
 LOOKUPS = ("none", "frozen", "learned")
+
+
+class _JumpReLU(torch.autograd.Function):
+    """Codes and mean L0 of pre (b, n) with thresholds theta (n,), which a step gives no gradient: inside a window of width
+    `bandwidth` around them it is taken to be 1 / bandwidth (Rajamanoharan et al. 2024, equations 11 and 12)."""
+
+    @staticmethod
+    def forward(ctx, pre, log_theta, bandwidth):
+        theta = log_theta.exp()
+        codes = relu(pre) * (pre > theta)
+        ctx.save_for_backward(codes, (pre - theta).abs_() < bandwidth / 2, theta)
+        ctx.bandwidth = bandwidth
+        return codes, (codes > 0).sum() / len(pre)
+
+    @staticmethod
+    def backward(ctx, g, g_l0):
+        codes, near, theta = ctx.saved_tensors
+        g_theta = -(theta * (g * near).sum(0) + g_l0 / len(codes) * near.sum(0)) / ctx.bandwidth
+        return g * (codes > 0), g_theta * theta, None
 
 
 class SAE(nn.Module):
@@ -109,13 +128,9 @@ class SAE(nn.Module):
         """What the encoder sees of z (b, d), in units of `scale`: all, or with encoder_sees="rest" less the token's row."""
         return z - self.row(t) if self.encoder_sees == "rest" else z
 
-    def centred(self, x: torch.Tensor, t: torch.Tensor | None = None) -> torch.Tensor:
-        """a_t - b_dec in units of `scale`, as the encoder sees it: (b, d)."""
-        return self.encoder_input(x / self.scale, t) - self.b_dec
-
     def preactivations(self, x: torch.Tensor, t: torch.Tensor | None = None) -> torch.Tensor:
         """W_enc (a_t - b_dec) + b_enc, (b, n)."""
-        return self.centred(x, t) @ self.W_enc.T + self.b_enc
+        return preactivations(self.encoder_input(x / self.scale, t), self.b_dec, self.W_enc, self.b_enc)
 
     def encode(self, x: torch.Tensor, t: torch.Tensor | None = None) -> torch.Tensor:
         """Equation 1: codes (b, n), never negative, of raw activations x (b, d)."""
@@ -123,7 +138,7 @@ class SAE(nn.Module):
         if self.activation == "topk":
             values, index = pre.topk(self.k, dim=-1, sorted=False)
             return torch.zeros_like(pre).scatter(-1, index, relu(values))
-        return self._codes(pre, x, t)[0]
+        return self._codes(pre)[0]
 
     def decode(self, codes: torch.Tensor, t: torch.Tensor | None = None) -> torch.Tensor:
         """Equation 2: reconstructed raw activations (b, d) from codes (b, n) and token ids t (b,)."""
@@ -143,27 +158,26 @@ class SAE(nn.Module):
         """Top-k codes (b, k) of activations z (b, d) in units of `scale`, and their features."""
         return select_top(self.encoder_input(z, t), self.b_dec, self.W_enc, self.b_enc, self.k)
 
-    def _codes(self, pre, x, t) -> tuple[torch.Tensor, torch.Tensor]:
-        """Codes (b, n) from pre-activations, and what the sparsity penalty is summed over (b, n)."""
+    def _codes(self, pre: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | float, torch.Tensor | None]:
+        """From pre-activations (b, n): codes (b, n), the mean of what `sparsity` weighs, and gated's gates (b, n)."""
         if self.activation == "batchtopk":
-            return self._batch_codes(pre), pre.new_zeros(())
-        if self.activation == "gated":
-            magnitude = (self.centred(x, t) @ self.W_enc.T) * self.r_mag.exp() + self.b_mag
-            return (pre > 0) * relu(magnitude), relu(pre) * self.W_dec.norm(dim=-1)
+            return self._batch_codes(pre), 0.0, None
         if self.activation == "jumprelu":
-            # The step has no gradient: inside a window around the threshold, take 1/bandwidth (Rajamanoharan et al. 2024).
-            theta = self.log_threshold.exp()
-            slope = ((pre - theta).abs() < self.bandwidth / 2) * (theta - theta.detach()) / self.bandwidth
-            fires = (pre > theta).to(pre.dtype)
-            return relu(pre) * fires - theta.detach() * slope, fires - slope
+            return *_JumpReLU.apply(pre, self.log_threshold, self.bandwidth), None
+        if self.activation == "gated":
+            gates = relu(pre)
+            codes = (pre > 0) * relu((pre - self.b_enc) * self.r_mag.exp() + self.b_mag)
+            return codes, (gates @ self.W_dec.norm(dim=-1)).mean(), gates
         codes = relu(pre)
-        return codes, codes * self.W_dec.norm(dim=-1)
+        return codes, (codes @ self.W_dec.norm(dim=-1)).mean(), None
 
     def _batch_codes(self, pre: torch.Tensor) -> torch.Tensor:
         """The k * b largest of a training batch; in use, everything above a running mean of the smallest kept."""
         if len(pre) and (self.training or self.threshold < 0):
-            kept = self.k * len(pre)
-            threshold = pre.detach().flatten().topk(kept, sorted=False).values.min().clamp_min(0)
+            kept, every = self.k * len(pre), pre.detach()
+            likely = every[every > 0.5 * self.threshold.clamp_min(0)]  # few, and nearly always enough
+            likely = likely if len(likely) >= kept else every.flatten()
+            threshold = likely.topk(kept, sorted=False).values.min().clamp_min(0)
             if self.training:
                 self.threshold.copy_(threshold if self.threshold < 0 else 0.9 * self.threshold + 0.1 * threshold)
             return relu(pre) * (pre >= threshold)
@@ -177,23 +191,20 @@ class SAE(nn.Module):
         batchtopk: AuxK over the features marked in `dead` (n,) bool. Returns loss, z_hat (b, d) in units of `scale`,
         fired (n,) bool, and codes: (b, k) for topk, else (b, n).
         """
-        z = x / self.scale
+        z, penalty, gates = x / self.scale, 0.0, None
         if self.activation == "topk":
             codes, support = self.selected(z, t)
-            rebuilt, penalty = sum_rows(codes, support, self.W_dec), None
+            rebuilt = sum_rows(codes, support, self.W_dec)
             fired = torch.zeros(self.n, dtype=torch.bool, device=x.device).index_fill_(0, support.index[codes > 0], True)
         else:
-            pre = self.preactivations(x, t)
-            codes, penalty = self._codes(pre, x, t)
-            rebuilt, fired = codes @ self.W_dec, (codes > 0).any(0)
+            codes, penalty, gates = self._codes(self.preactivations(x, t))
+            rebuilt, fired = decoded(codes, self.W_dec), codes.detach().amax(0) > 0
         z_hat = rebuilt + self.b_dec + self.row(t)
-        loss = mse_loss(z_hat, z, reduction="sum") / len(z)
-        if penalty is not None and penalty.ndim:
-            loss = loss + sparsity * penalty.sum(-1).mean()
-        if self.activation == "gated":
+        loss = mse_loss(z_hat, z, reduction="sum") / len(z) + sparsity * penalty
+        if gates is not None:
             row = self.row(t).detach() if self.aux_lookup and self.lookup != "none" else 0.0
-            gate = relu(pre) @ self.W_dec.detach() + self.b_dec.detach() + row  # trains the gates, not the decoder
-            loss = loss + mse_loss(gate, z, reduction="sum") / len(z)
+            z_gate = decoded(gates, self.W_dec.detach()) + self.b_dec.detach() + row  # trains the gates, not the decoder
+            loss = loss + mse_loss(z_gate, z, reduction="sum") / len(z)
         if aux_weight and "topk" in self.activation and dead is not None and dead.any():
             loss = loss + aux_weight * self.auxk(z, t, (z - z_hat).detach(), dead)
         return dict(loss=loss, z_hat=z_hat.detach(), fired=fired, codes=codes.detach())
@@ -207,9 +218,9 @@ class SAE(nn.Module):
         k = min(max(1, self.d_model // 2), len(W))
         z = self.encoder_input(z, t).detach()
         if len(W) <= 16 * k:  # so few that whole rows of codes cost less than sorting the pairs
-            pre = (z - self.b_dec.detach()) @ W.T + bias
+            pre = preactivations(z, self.b_dec.detach(), W, bias)
             codes = relu(pre) * torch.zeros_like(pre).scatter_(1, top(pre.detach(), k), 1.0)
-            explained = codes @ rows
+            explained = decoded(codes, rows)
         else:
             explained = sum_rows(*select_top(z, self.b_dec.detach(), W, bias, k), rows)
         return min(1.0, len(W) / max(1, self.d_model // 2)) * mse_loss(explained, error, reduction="sum") / len(z)

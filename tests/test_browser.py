@@ -1,0 +1,474 @@
+"""The feature browser: every number against a naive loop, every text as text, and the pages in a real browser."""
+
+import itertools
+import json
+import shutil
+import subprocess
+import time
+import urllib.request
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from tsae import browser, features
+from tsae.sae import SAE
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+HOSTILE = ["<script>window.hacked=1</script>", "<img src=x onerror=window.hacked=1>", "</script><script>window.hacked=1</script>",
+           "<!--<script>", "\u2028\u2029", '"};window.hacked=1;//', "\\", "\u202egnp.exe", "\x00\x1b", "\n\t\r", "${window.hacked=1}"]
+WORDS = ["<|bos|>", *HOSTILE, " the", " Return", "need le", "a&amp;b", *(f" w{i}" for i in range(14))]
+
+
+def an_sae(activation: str, lookup: str, seed: int = 0, n: int = 40) -> SAE:
+    torch.manual_seed(seed)
+    sae = SAE(8, n, activation, k=3, vocabulary=len(WORDS), lookup=lookup, scale=2.0)
+    sae.start(torch.zeros(8), torch.randn(len(WORDS), 8), seed=seed)
+    with torch.no_grad():
+        sae.b_enc[:3] = -100  # three dead features
+        if activation == "jumprelu":
+            sae.log_threshold.fill_(-1.0)
+    return sae.eval()
+
+
+def a_text() -> browser.Text:
+    generator = torch.Generator().manual_seed(1)
+    rows = torch.randint(1, len(WORDS), (12, 20), generator=generator, dtype=torch.int32)
+    rows[:, 0] = 0
+    keep = rows != 0
+    x, unigrams, unembedding = (torch.randn(size, 8, generator=generator) * 3 for size in (int(keep.sum()), len(WORDS), len(WORDS)))
+    return browser.Text(x, rows[keep], rows, features.where(keep), WORDS, unigrams, unembedding)
+
+
+@pytest.fixture(params=[("topk", "none"), ("topk", "learned"), ("relu", "learned"), ("gated", "none"), ("jumprelu", "learned")],
+                ids="-".join)
+def shown(request):
+    text, sae = a_text(), an_sae(*request.param)
+    with torch.no_grad():
+        codes = sae.encode(text.x, text.t).numpy()
+    return text, sae, codes, browser.gather(sae, "it", text, contexts_each=4)
+
+
+def live(codes):
+    return np.flatnonzero((codes > 0).any(0))
+
+
+def test_histograms_count_the_firings(shown):
+    _, _, codes, pages = shown
+    assert pages.scores["feature"].tolist() == live(codes).tolist() and len(pages.features) == len(live(codes)) <= 37
+    for feature, found in zip(live(codes), pages.features):
+        fired = codes[:, feature][codes[:, feature] > 0]
+        assert found["histogram"] == np.histogram(fired, browser.BINS, (0, fired.max()))[0].tolist()
+        assert sum(found["histogram"]) == len(fired) and found["peak"] == pytest.approx(fired.max(), rel=1e-3)
+    assert pages.scores["frequency"].to_numpy() == pytest.approx((codes > 0).mean(0)[live(codes)])
+    assert pages.scores["peak_code"].to_numpy() == pytest.approx(codes.max(0)[live(codes)])
+
+
+def test_contexts_hold_the_codes_of_their_rows(shown):
+    text, _, codes, pages = shown
+    grid = np.zeros((*text.rows.shape, codes.shape[1]))
+    grid[tuple(text.places.T)] = codes
+    for feature, found in zip(live(codes), pages.features):
+        of_feature = grid[:, :, feature]
+        for row, column, columns, values in itertools.chain(*found["contexts"].values()):
+            assert columns == np.flatnonzero(of_feature[row]).tolist() and column in columns
+            assert values == pytest.approx(of_feature[row, columns], rel=1e-3)
+        top = sorted(((of_feature[row].max(), row) for row in range(12) if of_feature[row].any()), reverse=True)[:4]
+        assert [(row, column) for row, column, *_ in found["contexts"]["top"]] == [(row, of_feature[row].argmax()) for _, row in top]
+        ranked = sorted(((-code, place) for place, code in np.ndenumerate(of_feature) if code > 0))
+        centre = (len(ranked) - 1) / 2
+        far = {place: abs(rank - centre) for rank, (_, place) in enumerate(ranked)}
+        best = sorted(min(far[place] for place in far if place[0] == row) for row in {row for row, _ in far})[:4]
+        assert sorted(far[row, column] for row, column, *_ in found["contexts"]["middle"]) == best
+        chosen = [row for row, *_ in found["contexts"]["random"]]
+        assert len(chosen) == len(set(chosen)) == min(4, len(set(row for row, _ in far)))
+
+
+def test_random_contexts_are_drawn_from_all_firings_by_the_seed():
+    text, sae = a_text(), an_sae("relu", "none")
+    drawn = [[[context[:2] for context in found["contexts"]["random"]] for found in
+              browser.gather(sae, "it", text, contexts_each=2, seed=seed).features] for seed in (0, 0, 1)]
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_tokens_of_features_and_features_of_tokens(shown):
+    text, sae, codes, pages = shown
+    t = text.t.numpy()
+    for feature, found in zip(live(codes), pages.features):
+        mass = np.bincount(t, codes[:, feature], len(WORDS))
+        expected = np.sort(mass)[::-1][:min(browser.LISTED, (mass > 0).sum())] / mass.sum()
+        assert [share for _, share in found["tokens"]] == pytest.approx(expected, rel=1e-3)
+        assert all(share == pytest.approx(mass[token] / mass.sum(), rel=1e-3) for token, share in found["tokens"])
+    assert set(pages.tokens) == set(t.tolist())
+    for token, found in pages.tokens.items():
+        there = codes[t == token]
+        assert found["l0"] == pytest.approx((there > 0).sum(1).mean(), rel=1e-3)
+        order = np.sort(there.sum(0))[::-1]
+        assert [share * code * len(there) for _, share, code in found["features"]] == pytest.approx(
+            order[order > 0][:browser.LISTED], rel=3e-3)
+        for feature, share, code in found["features"]:
+            fired = there[:, feature] > 0
+            assert share == pytest.approx(fired.mean(), rel=1e-3) and code == pytest.approx(there[fired, feature].mean(), rel=1e-3)
+        assert ("row" in found) == (sae.lookup != "none")
+
+
+def cosines(a, b):
+    a, b = (np.asarray(part, float) / np.linalg.norm(part, axis=1, keepdims=True) for part in (a, b))
+    return a @ b.T
+
+
+def test_nearest_and_promoted_by_brute_force(shown):
+    text, sae, codes, pages = shown
+    W, U = sae.W_dec.detach().numpy()[live(codes)], text.unembedding.numpy()
+    logits = W @ (U - U.mean(0)).T * sae.scale
+    unigrams = cosines(W, text.unigrams.numpy() - text.unigrams.numpy().mean(0))
+    for i, found in enumerate(pages.features):
+        for name, table, top in (("promoted", logits, 8), ("suppressed", -logits, 8), ("unigrams", unigrams, 6)):
+            assert [token for token, _ in found[name]] == np.argsort(-table[i])[:top].tolist()
+            assert [abs(value) for _, value in found[name]] == pytest.approx(np.abs(np.sort(-table[i])[:top]), rel=1e-3)
+        assert ("rows" in found) == (sae.lookup != "none")
+    held = dict(browser.data(text, [pages, pages], "t", {}, {}))
+    near = np.where(np.eye(len(W), dtype=bool), -9, cosines(W, W))
+    for i, found in enumerate(held["s0f0"]):
+        assert [feature for feature, _ in found["near"][0]] == live(codes)[np.argsort(-near[i])[:6]].tolist()
+    if sae.lookup != "none":
+        ids = sorted(pages.tokens)
+        rows = sae.W_lookup.detach().numpy()[ids]
+        near = np.where(np.eye(len(ids), dtype=bool), -9, cosines(rows - rows.mean(0), rows - rows.mean(0)))
+        norm = np.linalg.norm(rows, axis=1) * sae.scale
+        for i, token in enumerate(ids):
+            size, rank, nearest = pages.tokens[token]["row"]
+            assert size == pytest.approx(norm[i], rel=1e-3) and rank == pytest.approx((norm < norm[i]).sum() / (len(ids) - 1), rel=1e-3)
+            assert [other for other, _ in nearest] == [ids[j] for j in np.argsort(-near[i])[:6]]
+
+
+def test_short_keeps_four_digits():
+    values = np.array([0, 1, -2.34567, 123456.7, 1.23456e-7, np.inf])
+    assert browser.short(values).tolist() == [0, 1, -2.346, 123457, 1.235e-7, np.inf] and np.isnan(browser.short(np.nan))
+
+
+def test_scores_of_any_kind():
+    text, sae = a_text(), an_sae("topk", "none")
+    scores = pd.DataFrame(dict(feature=[5, 6, 999], purity=[0.5, np.nan, 1], modal_token=[3, 4, 5], kind=["a<b", None, "c"],
+                               frequency=[9.0, 8.0, 7.0], whole=[1, 2, 3]))
+    pages = browser.gather(sae, "it", text, scores)
+    assert list(pages.scores) == ["feature", "frequency", "peak_code", "mean_code", "purity", "modal_token", "kind", "whole"]
+    held = dict(browser.data(text, [pages], "t", {}, {}))
+    assert held["about"]["saes"][0]["columns"] | {"purity": "number", "modal_token": "token", "kind": "text"} == \
+        held["about"]["saes"][0]["columns"]
+    columns, at = held["s0"]["columns"], held["s0"]["feature"].index(5)
+    assert 999 not in held["s0"]["feature"]
+    assert [columns[name][at] for name in ("purity", "modal_token", "kind", "frequency")] == [0.5, 3, "a<b", 9.0]
+    assert columns["purity"][at + 1] is None and columns["kind"][at + 1] == "" and columns["purity"][0] is None
+    with pytest.raises(ValueError, match='column "feature"'):
+        browser.gather(sae, "it", text, scores.drop(columns="feature"))
+    with pytest.raises(ValueError, match="names every feature once"):
+        browser.gather(sae, "it", text, pd.concat([scores, scores]))
+
+
+def test_what_does_not_belong_together_is_refused():
+    text, sae = a_text(), an_sae("topk", "none")
+    parts = dict(x=text.x, t=text.t, rows=text.rows, places=text.places, strings=text.strings)
+    for change, sentence in ((dict(t=text.t.flip(0)), "do not belong together"), (dict(x=text.x[1:]), "do not belong together"),
+                             (dict(strings=WORDS[:5]), "there are strings for 5"),
+                             (dict(x=text.x.flip(0), t=text.t.flip(0), places=text.places[::-1]), "not in reading order")):
+        with pytest.raises(ValueError, match=sentence):
+            browser.Text(**parts | change)
+    with torch.no_grad():
+        sae.b_enc.fill_(-100)
+    with pytest.raises(ValueError, match="no feature of 'silent' fires"):
+        browser.gather(sae, "silent", text)
+    pages = browser.gather(an_sae("topk", "none"), "it", text)
+    pages.tokens.popitem()
+    with pytest.raises(ValueError, match="another text"):
+        dict(browser.data(text, [pages], "t", {}, {}))
+
+
+def test_json_may_stand_in_a_script():
+    for value in (HOSTILE, {"</script>": "<!--"}, "\ud800", "\u2028"):
+        written = browser.script_json(value)
+        assert "<" not in written and written.isascii() and json.loads(written) == value
+    with pytest.raises(ValueError):
+        browser.script_json(float("nan"))
+
+
+@pytest.fixture
+def pages():
+    text = a_text()
+    return text, [browser.gather(an_sae("topk", lookup, seed), name, text) for seed, (lookup, name) in
+                  enumerate((("none", "plain <i>"), ("learned", "with table")))]
+
+
+def test_a_folder_is_replaced_whole_or_not_at_all(pages, tmp_path, monkeypatch):
+    folder = tmp_path / "browser"
+    folder.mkdir()  # an empty folder may be used
+    index = browser.write(folder, *pages, "First")
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    assert index == folder / "index.html" and "<title>First</title>" in index.read_text() and folder.stat().st_mode & 0o777 == 0o755
+
+    def breaks(*given):
+        yield from itertools.islice(whole(*given), 4)
+        raise OSError("the disk is full")
+
+    whole = browser.data
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="disk is full"):
+        patch.setattr(browser, "data", breaks)
+        browser.write(folder, *pages, "Second")
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+    (folder / "data" / "of-old.js").write_text("")
+    browser.write(folder, *pages, "Third")
+    assert "<title>Third</title>" in index.read_text() and not (folder / "data" / "of-old.js").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["browser"]
+
+
+def test_what_is_no_browser_is_left_alone(pages, tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "index.html").write_text("<title>mine</title>")
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "link").symlink_to(tmp_path / "folder")
+    for name in ("folder", "file", "link"):
+        with pytest.raises(ValueError, match="no feature browser"):
+            browser.write(tmp_path / name, *pages)
+    assert (tmp_path / "folder" / "index.html").read_text() == "<title>mine</title>" and (tmp_path / "file").read_text() == "mine"
+
+
+class Chromium:
+    """A headless browser without a network, driven through its debugging protocol."""
+
+    def __init__(self, profile: Path):
+        websocket = pytest.importorskip("websocket")
+        self.process = subprocess.Popen(
+            [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--remote-debugging-port=0",
+             "--host-resolver-rules=MAP * ~NOTFOUND", "--window-size=1300,800", f"--user-data-dir={profile}", "about:blank"],
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        port = profile / "DevToolsActivePort"
+        for _ in range(300):
+            if port.is_file() and "\n" in port.read_text():
+                break
+            time.sleep(0.1)
+        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(
+                f"http://127.0.0.1:{port.read_text().split()[0]}/json") as answer:
+            page = next(target for target in json.load(answer) if target["type"] == "page")
+        self.socket = websocket.create_connection(page["webSocketDebuggerUrl"], suppress_origin=True, timeout=60)
+        self.numbers, self.events = itertools.count(1), []
+        for domain in ("Page", "Runtime", "Network", "Log"):
+            self.call(f"{domain}.enable")
+
+    def call(self, method: str, **given):
+        number = next(self.numbers)
+        self.socket.send(json.dumps(dict(id=number, method=method, params=given)))
+        while True:
+            answer = json.loads(self.socket.recv())
+            if answer.get("id") == number:
+                assert "error" not in answer, answer
+                return answer["result"]
+            self.events.append(answer)
+
+    def run(self, code: str):
+        """The value of a JavaScript expression in the page."""
+        answer = self.call("Runtime.evaluate", expression=code, returnByValue=True, awaitPromise=True)
+        assert "exceptionDetails" not in answer, answer
+        return answer["result"].get("value")
+
+    def until(self, code: str):
+        for _ in range(200):
+            if self.run(f"!!({code})"):
+                return
+            time.sleep(0.05)
+        raise AssertionError(f"never came true: {code}; the page shows {self.run('document.body.innerText')[:800]}")
+
+    def open(self, address: str, ready: str = "document.querySelector('tr.at')"):
+        self.call("Page.navigate", url="about:blank")
+        self.events.clear()
+        self.call("Page.navigate", url=address)
+        self.until(f"document.readyState === 'complete' && ({ready})")
+
+    def press(self, key: str, text: str = ""):
+        code = {"Enter": 13, "Escape": 27, "ArrowDown": 40, "ArrowUp": 38, "End": 35}.get(key, 0)
+        text = "\r" if key == "Enter" else key if len(key) == 1 else ""
+        self.call("Input.dispatchKeyEvent", type="keyDown", key=key, text=text, windowsVirtualKeyCode=code)
+        self.call("Input.dispatchKeyEvent", type="keyUp", key=key, windowsVirtualKeyCode=code)
+
+    def type(self, text: str):
+        for letter in text:
+            self.press(letter)
+
+    def trouble(self) -> list:
+        """Requests that failed or left the disk, messages of the console, exceptions."""
+        self.run("1")
+        bad = {"Network.loadingFailed", "Runtime.exceptionThrown", "Runtime.consoleAPICalled", "Log.entryAdded"}
+        asked = [event["params"]["request"]["url"] for event in self.events if event["method"] == "Network.requestWillBeSent"]
+        return [event["params"] for event in self.events if event["method"] in bad] + \
+            [url for url in asked if not url.startswith(("file:", "about:", "data:"))]
+
+
+@pytest.fixture(scope="module")
+def chromium(tmp_path_factory):
+    if not CHROMIUM:
+        pytest.skip("there is no Chromium here")
+    found = Chromium(tmp_path_factory.mktemp("profile"))
+    yield found
+    found.socket.close()
+    found.process.terminate()
+    found.process.wait(20)
+
+
+FEATURES = "[...document.querySelectorAll('#scroll tbody a.id')].map(a => Number(a.textContent))"
+
+
+@pytest.fixture(params=["folder", "one file"])
+def address(pages, tmp_path, request):
+    given = (*pages, "<i>Title</i></title><script>window.hacked=1</script>", {"<b>fact</b>": "</script><img src=x onerror=window.hacked=1>"},
+             {"frequency": "<script>"})
+    write, name = (browser.write, "a browser") if request.param == "folder" else (browser.write_one, "all of it.html")
+    return write(tmp_path / name, *given).as_uri()
+
+
+@pytest.mark.usefixtures("chromium")
+def test_search_sort_and_keys(chromium, pages, address):
+    table = pages[1][0].scores.set_index("feature")
+    chromium.open(address)
+    assert chromium.run(FEATURES)[:5] == table.index[:5].tolist()
+    chromium.run("[...document.querySelectorAll('th button')].find(b => b.textContent === 'frequency').click()")
+    best = table["frequency"].sort_values(ascending=False, kind="stable").index.tolist()
+    assert chromium.run(FEATURES)[:10] == best[:10] and chromium.run("document.querySelector('th[aria-sort]').ariaSort") == "descending"
+    chromium.run("document.querySelector('th[aria-sort] button').click()")
+    assert chromium.run(FEATURES)[:10] == table["frequency"].sort_values(kind="stable").index.tolist()[:10]
+    chromium.run("document.querySelector('th[aria-sort] button').click()")
+
+    chromium.press("/")
+    chromium.until("document.activeElement.id === 'search'")
+    chromium.type("frequency>0.08 peak_code<=6")
+    expected = [feature for feature in best if table["frequency"][feature] > 0.08 and table["peak_code"][feature] <= 6]
+    assert chromium.run(FEATURES) == expected and 0 < len(expected) < len(best)
+    assert chromium.run("document.getElementById('count').textContent") == f"{len(expected)} of {len(best)} features"
+    assert "frequency" in chromium.run("location.hash")
+    chromium.press("ArrowDown")
+    chromium.press("j")
+    chromium.press("j")
+    chromium.press("k")
+    assert chromium.run("document.activeElement.textContent") == str(expected[1])
+    chromium.press("Enter")
+    chromium.until(f"document.querySelector('#feature h2')?.textContent.startsWith('Feature {expected[1]}')")
+    assert chromium.run("location.hash") == f"#sae=0&feature={expected[1]}"
+    chromium.press("j")
+    chromium.until(f"document.querySelector('#feature h2')?.textContent.startsWith('Feature {expected[2]}')")
+    chromium.press("Escape")
+    chromium.until("!document.getElementById('list').hidden && document.activeElement.matches('a.id')")
+    assert chromium.run(FEATURES) == expected and chromium.run("document.activeElement.textContent") == str(expected[2])
+
+    def search(query):
+        chromium.run(f"location.hash = new URLSearchParams({{sae: 0, q: {json.dumps(query)}}})")
+        chromium.until(f"document.getElementById('search').value === {json.dumps(query)}")
+        return chromium.run(FEATURES)
+
+    of_token = {name: [{WORDS[token] for token, _ in found[name]} for found in pages[1][0].features] for name in ("tokens", "promoted")}
+    fires, promotes = ([bool({" the"} & words) for words in of_token[name]] for name in ("tokens", "promoted"))
+    assert search("fires:THE") == table.index[fires].tolist() != search("promotes:the") == table.index[promotes].tolist()
+    assert search('fires:"need le"') == table.index[["need le" in words for words in of_token["tokens"]]].tolist()
+    assert search("nosuch>1") == [] and "no score nosuch" in chromium.run("document.getElementById('none').textContent")
+    chromium.run("document.querySelector('#ranges input[aria-label=\"frequency at least\"]').value = '0.1';"
+                 "document.querySelector('#ranges input[aria-label=\"frequency at least\"]').onchange"
+                 "({target: document.querySelector('#ranges input[aria-label=\"frequency at least\"]')})")
+    assert chromium.run("document.getElementById('search').value") == "nosuch>1 frequency>=0.1"
+    assert chromium.trouble() == []
+
+
+def test_a_feature_and_its_hostile_text(chromium, pages, address):
+    text, (_, shown) = pages
+    chromium.open(address + "#sae=1&feature=7", "document.querySelector('#feature .contexts')")
+    found = shown.features[shown.scores["feature"].tolist().index(7)]
+    lines = chromium.run("[...document.querySelectorAll('#feature .contexts')].map(table => [...table.rows].map(row => ["
+                         "row.querySelector('.focus').textContent, row.querySelectorAll('.hot').length]))")
+    visible = {i: word.replace("\n", "⏎").replace("\t", "→").replace("\r", "␍") for i, word in enumerate(WORDS)}
+    assert [[token for token, _ in part] for part in lines] == [
+        [visible[int(text.rows[row, column])] for row, column, *_ in part] for part in found["contexts"].values()][:len(lines)]
+    chromium.run("document.querySelector('.contexts button').click()")
+    row, _, columns, codes = found["contexts"]["top"][0]
+    pieces = chromium.run("[...document.querySelector('tr.whole').querySelectorAll('i')].map(i => [i.textContent, i.style.getPropertyValue('--heat')])")
+    assert [piece.replace("⏎\n", "⏎") for piece, _ in pieces] == [visible[token] for token in text.rows[row].tolist()]
+    heat = {column: 12 + 88 * code / found["peak"] for column, code in zip(columns, codes)}
+    assert [float(value.rstrip("%") or 0) for _, value in pieces] == pytest.approx([heat.get(i, 0) for i in range(len(pieces))])
+    bars = chromium.run("[...document.querySelectorAll('#feature aside .box')].map(box => [box.querySelector('h3').firstChild.data,"
+                        "[...box.querySelectorAll('a')].map(a => a.textContent)])")
+    assert dict(bars)["Fires on"] == [visible[token] for token, _ in found["tokens"]]
+    assert dict(bars)["Promotes"] == [visible[token] for name in ("promoted", "suppressed") for token, _ in found[name]]
+    assert sum(map(int, chromium.run("document.querySelector('svg.histogram').getAttribute('aria-label')").split("; ")[1]
+                   .removesuffix(" positions").split(", "))) == sum(found["histogram"])
+    assert chromium.run("document.title") == chromium.run("document.querySelector('h1').textContent") == \
+        "<i>Title</i></title><script>window.hacked=1</script>"
+    chromium.open(address + "#sae=1&feature=0", "document.querySelector('#feature .error')")
+    assert "does not fire" in chromium.run("document.querySelector('.error').textContent")
+    assert chromium.run("typeof window.hacked") == "undefined" and chromium.trouble() == []
+
+
+def test_compare_a_token(chromium, pages, address):
+    text, shown = pages
+    chromium.open(address)
+    chromium.run("[...document.querySelectorAll('nav a')].at(-1).click()")
+    chromium.until("document.activeElement.id === 'pick'")
+    chromium.type("<img")
+    chromium.press("Enter")
+    chromium.until("document.querySelector('#answer h2')")
+    token = WORDS.index("<img src=x onerror=window.hacked=1>")
+    assert chromium.run("location.hash") == f"#token={token}"
+    assert chromium.run("document.querySelector('#answer h2 .chip').textContent") == WORDS[token]
+    listed = chromium.run("[...document.querySelectorAll('.answers')].map(table => [...table.querySelectorAll('a.id')].map(a => Number(a.textContent)))")
+    assert listed == [[feature for feature, *_ in page.tokens[token]["features"]] for page in shown]
+    facts = chromium.run("[...document.querySelectorAll('.sides .facts')].map(facts => facts.textContent)")
+    assert "no table" in facts[0] and f"norm of its table row {shown[1].tokens[token]['row'][0]:.3g}" in facts[1]
+    chromium.run("document.querySelector('.answers a.id').click()")
+    chromium.until(f"document.querySelector('#feature h2')?.textContent.startsWith('Feature {listed[0][0]}')")
+    assert chromium.run("typeof window.hacked") == "undefined" and chromium.trouble() == []
+
+
+def test_the_policy_stops_scripts_and_the_network(chromium, address):
+    chromium.open(address)
+    chromium.run("window.refused = []; document.addEventListener('securitypolicyviolation', event => refused.push(event.effectiveDirective));"
+                 "document.body.insertAdjacentHTML('beforeend', '<p onclick=window.hacked=1></p>'); document.body.lastChild.click();"
+                 "for (const [tag, props] of [['script', {textContent: 'window.hacked=1'}], ['script', {src: 'https://example.org/a.js'}],"
+                 "['img', {src: 'https://example.org/a.png'}], ['iframe', {src: 'https://example.org'}]])"
+                 "document.body.append(Object.assign(document.createElement(tag), props));"
+                 "fetch('https://example.org').catch(() => 0); 1")
+    chromium.until("refused.length >= 6")
+    assert set(chromium.run("refused")) == {"script-src-attr", "script-src-elem", "img-src", "frame-src", "connect-src"}
+    assert chromium.run("typeof window.hacked") == "undefined"
+
+
+def test_twelve_thousand_features(chromium, tmp_path):
+    n, random = 12288, np.random.default_rng(0)
+    text = a_text()
+    text.strings = WORDS + [f" {i:x}" for i in range(50257 - len(WORDS))]
+    contexts = {kind: [(i, 3, [3, 5], [2.5, 1.25]) for i in range(8)] for kind in ("top", "middle", "random")}
+    token = random.integers(len(text.strings), size=(n, 16)).tolist()
+    shown = [dict(peak=2.5, histogram=random.integers(1, 90, browser.BINS).tolist(), contexts=contexts,
+                  tokens=[(token, 0.1) for token in tokens[:8]], promoted=[(token, 1.0) for token in tokens[8:]]) for tokens in token]
+    scores = pd.DataFrame(random.lognormal(size=(n, 8)), columns=[f"score_{i}" for i in range(8)])
+    scores.insert(0, "feature", np.arange(n))
+    tokens = {token: dict(features=[(5, 0.5, 1.5)], l0=3.0) for token in set(text.t.tolist())}
+    pages = browser.Pages("many", n, scores, shown, tokens, torch.nn.functional.normalize(torch.randn(n, 8), dim=1))
+    chromium.open("about:blank", "true")
+    watch = chromium.call("Page.addScriptToEvaluateOnNewDocument", source="(function look() {"
+                          "document.querySelector('tr.at') ? window.drawn = performance.now() : requestAnimationFrame(look) })()")
+    chromium.open(browser.write(tmp_path / "many", text, [pages]).as_uri(), "window.drawn")
+    chromium.call("Page.removeScriptToEvaluateOnNewDocument", identifier=watch["identifier"])
+    timed = "(() => {{ const start = performance.now(); {}; document.body.offsetHeight; return performance.now() - start }})()"
+    took = dict(open=chromium.run("window.drawn"))
+    took["sort"] = chromium.run(timed.format("document.querySelectorAll('th button')[3].click()"))
+    assert chromium.run(FEATURES)[:9] == scores["score_2"].sort_values(ascending=False).index[:9].tolist()
+    assert chromium.run("document.querySelectorAll('#scroll tbody tr').length") < 80
+    took["search"] = chromium.run(timed.format(
+        "const field = document.getElementById('search'); field.value = 'fires:ab score_1>0.5'; field.dispatchEvent(new Event('input'))"))
+    assert 0 < len(chromium.run(FEATURES)) < 80
+    chromium.run("location.hash = '#sae=0'")
+    chromium.until(f"document.getElementById('count').textContent === '{n:,} features'")
+    chromium.press("End")
+    assert chromium.run("document.activeElement.textContent") == str(n - 1)
+    took["feature"] = chromium.run(
+        "new Promise(done => { const start = performance.now(); location.hash = '#sae=0&feature=9999';"
+        "(function look() { document.querySelector('#feature h2')?.textContent.startsWith('Feature 9999')"
+        "  ? done(performance.now() - start) : setTimeout(look) })() })")
+    print({name: f"{milliseconds:.0f} ms" for name, milliseconds in took.items()})
+    assert max(took.values()) < 3000 and chromium.trouble() == []
