@@ -17,6 +17,7 @@ from tsae import readme, store
 
 NOTEBOOKS = store.ROOT / "notebooks"
 SOURCE = Path(__file__).parent
+BENCHMARK = "tests.bench"
 
 
 def declared(notebook: Path) -> dict[str, object]:
@@ -95,12 +96,18 @@ def code_of(notebook: Path) -> list[str]:
 
 
 def publish(folder: Path) -> None:
-    """Copy a run's tables and pictures over the repository's, tie the two by a manifest, and write the README's tables."""
+    """Copy a run's tables and pictures over the repository's, tie the two by a manifest, and write the README's tables.
+
+    Tables of the benchmark, which no notebook makes, stay.
+    """
     results, figures = store.DATA / "results", store.ROOT / "figures"
-    for part, place, pattern in (("tables", results, "*.*"), ("figures", figures, "*.png")):
+    lines = store.read_json(results / "manifest.json") if (results / "manifest.json").is_file() else {}
+    lines = {name: line for name, line in lines.items() if line["notebook"] == BENCHMARK}
+    for part, place, pattern in (("tables", results, "*.csv"), ("figures", figures, "*.png")):
         for file in sorted((folder / part).glob(pattern)):
             with store.replacing(place / file.name) as temporary:
                 shutil.copyfile(file, temporary)
+    store.write_json(results / "manifest.json", lines | store.read_json(folder / "tables" / "manifest.json"))
     store.write_json(figures / "manifest.json", dict(
         tables=store.digest(results / "manifest.json"), notebook="05_figures",
         figures={file.name: store.digest(file) for file in sorted(figures.glob("*.png"))}))

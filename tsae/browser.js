@@ -2,7 +2,7 @@
 (() => {
 const ROW = 36, MARGIN = 12, BEFORE = 24, AFTER = 12;
 const $ = id => document.getElementById(id);
-let about, text, state = {}, list = null, order = [], at = 0, turn = 0;
+let about, text, state = {}, list = null, order = [], at = 0, turn = 0, here = location.hash;
 
 // Data comes in parts: scripts beside this one that call tsae(key, value), or blocks of JSON inside the page. A page on
 // disk may not fetch, but may load scripts.
@@ -55,11 +55,18 @@ const listHash = () => hash({ sae: list ? list.sae : 0, q: $("search").value, so
 function link(to, props, ...children) {
   return make("a", { href: to, ...props, onclick: event => {
     if (event.ctrlKey || event.metaKey || event.shiftKey || event.button) return;
-    event.preventDefault();  // the fragment is set by hand: in a page with a <base>, the link itself would lead elsewhere
+    event.preventDefault();
     event.stopPropagation();
-    location.hash = to;
+    go(to);
   } }, ...children);
 }
+// Links are followed by hand: inside a frame, a fragment may lead elsewhere (where there is a <base>) or nowhere.
+function go(to, write = "pushState") {
+  here = to;
+  try { history[write](null, "", location.href.split("#")[0] + to); } catch { /* a frame without a history */ }
+  if (write === "pushState") route();
+}
+function follow() { if (location.hash !== here) { here = location.hash; route(); } }
 const chip = (id, plain) => plain ? make("span", { className: "chip" }, token(id))
   : link(hash({ token: id }), { className: "chip", title: `token ${id}` }, token(id));
 
@@ -147,7 +154,7 @@ function refresh() {
     : "No feature fits this search.";
   $("none").hidden = order.length > 0;
   ranges();
-  if (location.hash !== listHash()) history.replaceState(null, "", location.href.split("#")[0] + listHash());
+  if (here !== listHash()) go(listHash(), "replaceState");
   rows();
 }
 function rows() {
@@ -167,11 +174,18 @@ function row(i, place) {
     return make("td", { className: kind + (name === sorted ? " sorted" : "") }, kind === "number" ? number(value)
       : kind === "text" ? visible(value) : value === null ? "–" : chip(value, true));
   });
-  return make("tr", { className: place === at ? "at" : "", "aria-rowindex": place + 2, onclick: () => { at = place; location.hash = to; } },
-    make("td", { className: "number" }, link(to, { className: "id", tabIndex: place === at ? 0 : -1, onfocus: () => { if (at !== place) { at = place; rows(); } } },
+  return make("tr", { className: place === at ? "at" : "", "aria-rowindex": place + 2, onclick: () => { at = place; go(to); } },
+    make("td", { className: "number" }, link(to, { className: "id", tabIndex: place === at ? 0 : -1, onfocus: event => mark(event.target, place) },
       String(list.feature[i]))),
     make("td", {}, shape(list.shape[i])), make("td", {}, list.tokens[i].slice(0, 4).map(id => chip(id, true))),
     ...(list.promoting ? [make("td", {}, list.promoted[i].slice(0, 4).map(id => chip(id, true)))] : []), ...cells);
+}
+function mark(chosen, place) {
+  const before = $("scroll").querySelector("tr.at");
+  if (before) { before.className = ""; before.querySelector("a.id").tabIndex = -1; }
+  chosen.closest("tr").className = "at";
+  chosen.tabIndex = 0;
+  at = place;
 }
 function shape(levels) {
   let path = "";
@@ -332,10 +346,10 @@ function select(place) {
   $("pick").setAttribute("aria-activedescendant", items[place]?.id || "");
 }
 function close() { $("options").hidden = true; $("pick").setAttribute("aria-expanded", "false"); }
-function choose(id) { close(); $("pick").value = ""; location.hash = hash({ token: id }); }
+function choose(id) { close(); $("pick").value = ""; go(hash({ token: id })); }
 
 async function route() {
-  const params = new URLSearchParams(location.hash.slice(1)), mine = ++turn;
+  const params = new URLSearchParams(here.slice(1)), mine = ++turn;
   const id = (name, most) => /^\d+$/.test(params.get(name) ?? "") && Number(params.get(name)) < most ? Number(params.get(name)) : null;
   state = { sae: id("sae", about.saes.length) ?? 0, feature: id("feature", Infinity), token: id("token", text.strings.length) };
   const view = params.has("token") ? "token" : state.feature !== null ? "feature" : "list";
@@ -366,22 +380,22 @@ document.addEventListener("keydown", event => {
   const view = ["list", "feature", "token"].find(name => !$(name).hidden), typing = event.target.matches("input");
   const step = { j: 1, ArrowDown: 1, k: -1, ArrowUp: -1, PageDown: 15, PageUp: -15, Home: -1e9, End: 1e9 }[event.key];
   const done = () => event.preventDefault();
-  if (event.key === "/" && !typing) { done(); const field = view === "token" ? $("pick") : $("search"); if (view === "feature") location.hash = listHash(); setTimeout(() => { field.focus(); field.select(); }, 30); }
+  if (event.key === "/" && !typing) { done(); const field = view === "token" ? $("pick") : $("search"); if (view === "feature") go(listHash()); setTimeout(() => { field.focus(); field.select(); }, 30); }
   else if (event.target === $("pick")) {
     const place = [...$("options").children].findIndex(item => item.ariaSelected === "true");
-    if (event.key === "Escape") { $("options").hidden ? location.hash = listHash() : close(); done(); }
+    if (event.key === "Escape") { $("options").hidden ? go(listHash()) : close(); done(); }
     else if (event.key.startsWith("Arrow") && step) { $("options").hidden ? options() : select(Math.max(0, Math.min($("options").children.length - 1, place + step))); done(); }
     else if (event.key === "Enter") { $("options").children[place]?.click(); done(); }
   } else if (event.key === "Escape") {
     const open = document.querySelector("details[open]");
     if (open) { open.open = false; open.querySelector("summary").focus(); }
-    else if (view !== "list") location.hash = listHash();
+    else if (view !== "list") go(listHash());
     else move(0);
     done();
   } else if (view === "list" && typing && event.target === $("search") && (event.key === "Enter" || event.key === "ArrowDown")) { done(); move(0); }
   else if (view === "list" && !typing && step && !event.target.closest("details")) { done(); move(step); }
-  else if (view === "list" && event.key === "Enter" && event.target === document.body && order.length) location.hash = featureHash(list.sae, list.feature[order[at]]);
-  else if (view === "feature" && (event.key === "j" || event.key === "k")) { const next = order[order.indexOf(list.place.get(state.feature)) + step]; if (next !== undefined) location.hash = featureHash(state.sae, list.feature[next]); }
+  else if (view === "list" && event.key === "Enter" && event.target === document.body && order.length) go(featureHash(list.sae, list.feature[order[at]]));
+  else if (view === "feature" && (event.key === "j" || event.key === "k")) { const next = order[order.indexOf(list.place.get(state.feature)) + step]; if (next !== undefined) go(featureHash(state.sae, list.feature[next])); }
 });
 document.addEventListener("click", event => { for (const open of document.querySelectorAll("details[open]")) if (!open.contains(event.target)) open.open = false; });
 $("search").addEventListener("input", () => { at = 0; $("scroll").scrollTop = 0; refresh(); });
@@ -389,7 +403,7 @@ $("scroll").addEventListener("scroll", () => requestAnimationFrame(rows));
 window.addEventListener("resize", () => { if (list && !$("list").hidden) rows(); });
 $("pick").addEventListener("input", options);
 $("pick").addEventListener("blur", close);
-window.addEventListener("hashchange", route);
+window.addEventListener("hashchange", follow);
 Promise.all([need("about"), need("strings")]).then(([first, second]) => {
   [about, text] = [first, second];
   const facts = { ...about.about, positions: whole.format(about.positions), codes: "in units of the SAE's scale" };

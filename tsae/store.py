@@ -12,7 +12,7 @@ import pandas as pd
 
 ROOT = Path(os.environ.get("TSAE_HOME") or Path(__file__).resolve().parents[1])
 DATA = ROOT / "data"
-CACHE = DATA / "cache"
+CACHE = Path(os.environ.get("TSAE_CACHE") or DATA / "cache")  # tokens and activations, made again when they are missing
 EMBEDDED = DATA / "embedded"
 STANDARD = {"model": "embedded", "corpus": "docstrings"}
 
