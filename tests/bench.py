@@ -31,7 +31,7 @@ os.environ["TQDM_DISABLE"] = "1"  # before tqdm is imported: progress bars are n
 import pandas as pd
 import torch
 
-from tsae import store
+from tsae import plots, readme, store
 
 PEERS = store.CACHE / "peers"
 SCRIPT = Path(__file__).with_name("peers.py")
@@ -300,7 +300,7 @@ def train_sweep(folder: Path, held, jobs: list[dict], vocabulary: int) -> None:
     from tsae import activations, train
     data = train.Data(lambda seed: activations.Shuffled(held, 2048, seed), held.statistics(vocabulary),
                       torch.zeros(vocabulary, held.d_model), dict(batch=2048))
-    train.sweep(folder, data, jobs)
+    train.sweep(folder, data, jobs, memory_gb=2.0)
 
 
 def sweep(options: argparse.Namespace) -> pd.DataFrame:
@@ -392,6 +392,10 @@ def main(arguments: list[str] | None = None) -> None:
             shown = [column for column in SHOWN if column in table] if "cell" in table else list(table)
             print(table[shown].to_string(index=False, na_rep="", float_format="{:.3g}".format), flush=True)
             record(options.out, f"bench_{part}", table, **about, peers=options.peers, full=options.full)
+            if part == "step" and options.full and options.out == store.DATA / "results":
+                plots.write_picture(plots.cost(table), store.ROOT / "figures" / "cost.png")
+    if options.out == store.DATA / "results" and not options.child:
+        readme.tie()
 
 
 if __name__ == "__main__":

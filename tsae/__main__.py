@@ -108,11 +108,7 @@ def publish(folder: Path) -> None:
             with store.replacing(place / file.name) as temporary:
                 shutil.copyfile(file, temporary)
     store.write_json(results / "manifest.json", lines | store.read_json(folder / "tables" / "manifest.json"))
-    store.write_json(figures / "manifest.json", dict(
-        tables=store.digest(results / "manifest.json"), notebook="05_figures",
-        figures={file.name: store.digest(file) for file in sorted(figures.glob("*.png"))}))
-    page = store.ROOT / "README.md"
-    store.write_text(page, readme.written(page.read_text(encoding="utf-8"), results))
+    readme.tie()
 
 
 def main(arguments: list[str] | None = None) -> None:

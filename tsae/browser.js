@@ -17,7 +17,8 @@ function need(key) {
   else {
     const script = make("script", { src: `data/${key}.js` });
     script.onload = () => script.remove();
-    script.onerror = () => entry.fail(new Error(`data/${key}.js could not be read: keep the folder whole, or write it again`));
+    script.onerror = () =>
+      entry.fail(new Error(`data/${key}.js could not be read: keep the folder whole, or write it again`));
     document.head.append(script);
   }
   return entry.promise;
@@ -26,7 +27,8 @@ function need(key) {
 // Every element is made here. Text enters as text nodes and properties only, never as markup.
 function make(tag, props = {}, ...children) {
   const element = document.createElement(tag);
-  for (const [name, value] of Object.entries(props)) name in element ? element[name] = value : element.setAttribute(name, value);
+  for (const [name, value] of Object.entries(props)) name in element ? element[name] = value
+    : element.setAttribute(name, value);
   element.append(...children.flat());
   return element;
 }
@@ -49,7 +51,8 @@ function number(value) {
 }
 const percent = share => number(100 * share) + " %";
 
-const hash = params => "#" + new URLSearchParams(Object.entries(params).filter(([, value]) => value !== "" && value != null));
+const hash = params => "#" + new URLSearchParams(Object.entries(params).filter(([, value]) => value !== ""
+  && value != null));
 const featureHash = (sae, feature) => hash({ sae, feature });
 const listHash = () => hash({ sae: list ? list.sae : 0, q: $("search").value, sort: list ? list.sort : "" });
 function link(to, props, ...children) {
@@ -73,7 +76,8 @@ const chip = (id, plain) => plain ? make("span", { className: "chip" }, token(id
 async function load(sae) {
   const table = await need("s" + sae);
   if (table.sae === undefined) {
-    const numeric = Object.entries(about.saes[sae].columns).filter(([, kind]) => kind === "number").map(([name]) => name);
+    const numeric = Object.entries(about.saes[sae].columns).filter(([, kind]) => kind === "number").map(([name]) =>
+      name);
     for (const name of numeric) table.columns[name] = Float64Array.from(table.columns[name], value => value ?? NaN);
     table.columns.feature = Float64Array.from(table.feature);
     const lower = ids => ids.map(id => text.strings[id].toLowerCase());
@@ -97,7 +101,8 @@ const COMPARISON = /^([^\s<>="]+)(>=|<=|>|<|=)([-+]?(?:\d+\.?\d*|\.\d+)(?:e[-+]?
 const terms = query => query.match(/(?:[a-z]+:)?"[^"]*"?|\S+/gi) || [];
 function tests(table, query) {
   return terms(query).map(term => {
-    const found = COMPARISON.exec(term), column = found && table.numeric.concat("feature").includes(found[1]) && table.columns[found[1]];
+    const found = COMPARISON.exec(term), column = found && table.numeric.concat("feature").includes(found[1])
+      && table.columns[found[1]];
     if (column) {
       const bound = Number(found[3]);
       return { ">": i => column[i] > bound, "<": i => column[i] < bound, ">=": i => column[i] >= bound,
@@ -105,7 +110,8 @@ function tests(table, query) {
     }
     const [, side, quoted] = /^(?:(fires|promotes):)?([^]*)$/.exec(term.toLowerCase());
     const word = quoted.replace(/^"|"$/g, "");
-    return i => (side !== "promotes" && table.fires[i].includes(word)) || (side !== "fires" && table.promotes[i].includes(word))
+    return i => (side !== "promotes" && table.fires[i].includes(word))
+      || (side !== "fires" && table.promotes[i].includes(word))
       || (!side && String(table.feature[i]) === word);
   });
 }
@@ -114,7 +120,8 @@ function arrange(table, query, sort) {
   for (let i = 0; i < table.feature.length; i++) if (checks.every(check => check(i))) kept.push(i);
   const name = sort.replace(/^-/, ""), way = sort.startsWith("-") ? -1 : 1, column = table.columns[name];
   if (!column) return kept;
-  if (about.saes[table.sae].columns[name] === "text") return kept.sort((a, b) => way * column[a].localeCompare(column[b]) || a - b);
+  if (about.saes[table.sae].columns[name] === "text") return kept.sort((a, b) =>
+    way * column[a].localeCompare(column[b]) || a - b);
   return kept.sort((a, b) => {
     const x = column[a], y = column[b];
     return Number.isNaN(x) ? (Number.isNaN(y) ? a - b : 1) : Number.isNaN(y) ? -1 : way * (x - y) || a - b;
@@ -144,13 +151,15 @@ function refresh() {
     heading("", "Fires on", "", "auto"), ...(promoted ? [heading("", "Promotes", "", "auto")] : []),
     ...Object.entries(columns).map(([name, kind]) => heading(name, name, kind, kind === "number" ? "98px" : "130px"))];
   const table = $("scroll").querySelector("table");
-  styled(table, "min-width", 640 + 98 * Object.keys(columns).length + "px").setAttribute("aria-rowcount", order.length + 1);
+  styled(table, "min-width", 640 + 98 * Object.keys(columns).length + "px").setAttribute("aria-rowcount",
+    order.length + 1);
   table.querySelector("colgroup").replaceChildren(...headings.map(pair => pair[0]));
   table.querySelector("thead").replaceChildren(make("tr", { "aria-rowindex": 1 }, headings.map(pair => pair[1])));
   const unknown = terms(query).map(term => COMPARISON.exec(term)).filter(found => found && !(found[1] in list.columns));
   $("count").textContent = order.length === list.feature.length ? `${whole.format(order.length)} features`
     : `${whole.format(order.length)} of ${whole.format(list.feature.length)} features`;
-  $("none").textContent = unknown.length ? `There is no score ${unknown[0][1]}: it was looked for as text. The scores are ${list.numeric.join(", ")}.`
+  $("none").textContent = unknown.length
+    ? `There is no score ${unknown[0][1]}: it was looked for as text. The scores are ${list.numeric.join(", ")}.`
     : "No feature fits this search.";
   $("none").hidden = order.length > 0;
   ranges();
@@ -161,7 +170,8 @@ function rows() {
   const box = $("scroll"), focused = box.contains(document.activeElement) && document.activeElement.matches("a.id");
   const first = Math.max(0, Math.floor(box.scrollTop / ROW) - MARGIN);
   const last = Math.min(order.length, Math.ceil((box.scrollTop + box.clientHeight) / ROW) + MARGIN);
-  const space = height => !height ? [] : make("tr", { className: "space", ariaHidden: "true" }, styled(make("td"), "height", height + "px"));
+  const space = height => !height ? [] : make("tr", { className: "space", ariaHidden: "true" },
+    styled(make("td"), "height", height + "px"));
   const shown = [];
   for (let at = first; at < last; at++) shown.push(row(order[at], at));
   box.querySelector("tbody").replaceChildren(...[space(first * ROW), shown, space((order.length - last) * ROW)].flat());
@@ -174,8 +184,10 @@ function row(i, place) {
     return make("td", { className: kind + (name === sorted ? " sorted" : "") }, kind === "number" ? number(value)
       : kind === "text" ? visible(value) : value === null ? "–" : chip(value, true));
   });
-  return make("tr", { className: place === at ? "at" : "", "aria-rowindex": place + 2, onclick: () => { at = place; go(to); } },
-    make("td", { className: "number" }, link(to, { className: "id", tabIndex: place === at ? 0 : -1, onfocus: event => mark(event.target, place) },
+  return make("tr", { className: place === at ? "at" : "", "aria-rowindex": place + 2,
+    onclick: () => { at = place; go(to); } },
+    make("td", { className: "number" }, link(to, { className: "id", tabIndex: place === at ? 0 : -1, onfocus: event =>
+      mark(event.target, place) },
       String(list.feature[i]))),
     make("td", {}, shape(list.shape[i])), make("td", {}, list.tokens[i].slice(0, 4).map(id => chip(id, true))),
     ...(list.promoting ? [make("td", {}, list.promoted[i].slice(0, 4).map(id => chip(id, true)))] : []), ...cells);
@@ -190,7 +202,8 @@ function mark(chosen, place) {
 function shape(levels) {
   let path = "";
   for (let i = 0; i < levels.length; i++) if (levels[i] > 0) path += `M${i} 9.5V${9 - levels[i]}h.8V9.5z`;
-  return draw("svg", { class: "shape", viewBox: `0 0 ${levels.length} 9.5`, preserveAspectRatio: "none", "aria-hidden": "true" }, draw("path", { d: path }));
+  return draw("svg", { class: "shape", viewBox: `0 0 ${levels.length} 9.5`, preserveAspectRatio: "none",
+    "aria-hidden": "true" }, draw("path", { d: path }));
 }
 function move(step) {
   if (!order.length) return;
@@ -202,12 +215,16 @@ function move(step) {
   box.querySelector("tr.at a.id")?.focus({ preventScroll: true });
 }
 function ranges() {
-  const bound = (name, sign) => terms($("search").value).map(term => COMPARISON.exec(term)).find(found => found && found[1] === name && found[2][0] === sign);
-  const field = (name, sign) => make("input", { type: "text", inputMode: "decimal", ariaLabel: `${name} ${sign === ">" ? "at least" : "at most"}`,
+  const bound = (name, sign) => terms($("search").value).map(term => COMPARISON.exec(term)).find(found => found
+    && found[1] === name && found[2][0] === sign);
+  const field = (name, sign) => make("input", { type: "text", inputMode: "decimal",
+    ariaLabel: `${name} ${sign === ">" ? "at least" : "at most"}`,
     placeholder: sign === ">" ? "at least" : "at most", value: bound(name, sign)?.[3] || "", onchange: event => {
-      const others = terms($("search").value).filter(term => { const found = COMPARISON.exec(term); return !(found && found[1] === name && found[2][0] === sign); });
+      const others = terms($("search").value).filter(term => { const found = COMPARISON.exec(term);
+        return !(found && found[1] === name && found[2][0] === sign); });
       const value = event.target.value.trim();
-      $("search").value = [...others, ...(value !== "" && Number.isFinite(Number(value)) ? [`${name}${sign}=${Number(value)}`] : [])].join(" ");
+      $("search").value = [...others, ...(value !== "" && Number.isFinite(Number(value))
+        ? [`${name}${sign}=${Number(value)}`] : [])].join(" ");
       refresh();
     } });
   $("ranges").querySelector("div").replaceChildren(...list.numeric.flatMap(name =>
@@ -217,28 +234,37 @@ function ranges() {
 function bars(entries, label, value, kind = "", scale = 0) {
   const most = scale || Math.max(...entries.map(entry => Math.abs(entry[1])), 1e-12);
   return make("div", { className: "rows" }, entries.flatMap(entry => [make("span", {}, label(entry[0])),
-    styled(make("div", { className: "bar " + kind }), "--share", 100 * Math.max(0, Math.abs(entry[1])) / most + "%"), make("span", {}, value(entry[1]))]));
+    styled(make("div", { className: "bar " + kind }), "--share", 100 * Math.max(0, Math.abs(entry[1])) / most + "%"),
+      make("span", {}, value(entry[1]))]));
 }
-const box = (title, note, ...children) => make("section", { className: "box" }, make("h3", {}, title, ...(note ? [make("small", {}, note)] : [])), ...children);
+const box = (title, note, ...children) => make("section", { className: "box" },
+  make("h3", {}, title, ...(note ? [make("small", {}, note)] : [])), ...children);
 function histogram(counts, peak) {
   const [width, height, left, most] = [360, 120, 34, Math.max(...counts)], top = Math.log1p(most);
   const y = count => height - (height - 8) * Math.log1p(count) / top, step = (width - left) / counts.length;
   const svg = draw("svg", { class: "histogram", viewBox: `0 0 ${width} ${height + 18}`, role: "img",
     "aria-label": `Histogram of its codes, from 0 to ${number(peak)}; ${counts.join(", ")} positions` });
-  for (let tick = 1; tick <= most; tick *= 10) svg.append(draw("line", { x1: left, x2: width, y1: y(tick), y2: y(tick) }),
+  for (let tick = 1; tick <= most; tick *= 10) svg.append(draw("line",
+    { x1: left, x2: width, y1: y(tick), y2: y(tick) }),
     draw("text", { x: left - 6, y: y(tick) + 3.5, "text-anchor": "end" }, whole.format(tick)));
-  counts.forEach((count, i) => { if (count) svg.append(draw("rect", { x: left + i * step, y: y(count), width: step - 1, height: height - y(count), rx: 1 },
+  counts.forEach((count, i) => { if (count) svg.append(draw("rect",
+    { x: left + i * step, y: y(count), width: step - 1, height: height - y(count), rx: 1 },
     draw("title", {}, `${number(i * peak / counts.length)} to ${number((i + 1) * peak / counts.length)}: ${whole.format(count)} positions`))); });
-  for (const share of [0, .5, 1]) svg.append(draw("text", { x: left + share * (width - left), y: height + 14, "text-anchor": ["start", "middle", "end"][2 * share] }, number(share * peak)));
+  for (const share of [0, .5, 1]) svg.append(draw("text", { x: left + share * (width - left), y: height + 14,
+    "text-anchor": ["start", "middle", "end"][2 * share] }, number(share * peak)));
   return svg;
 }
 function scores(table, i) {
   return make("div", { className: "rows" }, table.numeric.flatMap(name => {
-    const sorted = table.ranks[name] ||= table.columns[name].filter(value => !Number.isNaN(value)).sort(), value = table.columns[name][i];
+    const sorted = table.ranks[name] ||= table.columns[name].filter(value => !Number.isNaN(value)).sort(),
+      value = table.columns[name][i];
     let below = 0, end = sorted.length;
-    while (below < end) { const middle = (below + end) >> 1; sorted[middle] < value ? below = middle + 1 : end = middle; }
+    while (below < end) { const middle = (below + end) >> 1; sorted[middle] < value ? below = middle + 1 : end = middle;
+      }
     const share = Number.isNaN(value) ? 0 : 100 * below / Math.max(1, sorted.length - 1);
-    return [make("span", { title: about.meanings[name] || "" }, name), styled(make("div", { className: "rank", title: `above ${Math.round(share)} % of the features` }), "--share", share + "%"),
+    return [make("span", { title: about.meanings[name] || "" }, name),
+      styled(make("div", { className: "rank", title: `above ${Math.round(share)} % of the features` }), "--share",
+      share + "%"),
       make("span", {}, number(value))];
   }));
 }
@@ -247,17 +273,22 @@ function contexts(found, lines, peak) {
   for (const [row, column, columns, codes] of found) {
     const ids = lines.get(row), code = new Map(columns.map((place, i) => [place, codes[i]]));
     const piece = (place, broken) => {
-      const strength = code.get(place), element = make("i", { className: "t" + (strength ? " hot" : "") + (place === column ? " focus" : ""),
+      const strength = code.get(place),
+        element = make("i", { className: "t" + (strength ? " hot" : "") + (place === column ? " focus" : ""),
         title: strength ? `code ${number(strength)}` : "" }, token(ids[place]).replace(/⏎/g, broken ? "⏎\n" : "⏎"));
       return strength ? styled(element, "--heat", 12 + 88 * strength / peak + "%") : element;
     };
     const pieces = (from, to, broken) => ids.slice(from, to).map((_, i) => piece(from + i, broken));
-    const button = make("button", { ariaExpanded: "false", ariaLabel: `Code ${number(code.get(column))}: show the whole row` }, number(code.get(column)));
+    const button = make("button",
+      { ariaExpanded: "false", ariaLabel: `Code ${number(code.get(column))}: show the whole row` },
+      number(code.get(column)));
     const line = make("tr", { onclick: () => {
       const open = button.ariaExpanded === "true";
       button.ariaExpanded = String(!open);
-      open ? line.nextSibling.remove() : line.after(make("tr", { className: "whole" }, make("td", { colSpan: 3 }, pieces(0, ids.length, true))));
-    } }, make("td", {}, button), make("td", { className: "before" }, make("div", {}, pieces(Math.max(0, column - BEFORE), column))),
+      open ? line.nextSibling.remove() : line.after(make("tr", { className: "whole" },
+        make("td", { colSpan: 3 }, pieces(0, ids.length, true))));
+    } }, make("td", {}, button), make("td", { className: "before" },
+      make("div", {}, pieces(Math.max(0, column - BEFORE), column))),
       make("td", { className: "after" }, pieces(column, column + 1 + AFTER)));
     body.append(line);
   }
@@ -269,23 +300,29 @@ async function showFeature(mine) {
   if (i === undefined) throw new Error(`Feature ${state.feature} of ${info.name} does not fire on this text, or there is none of that number.`);
   const found = (await need(`s${sae}f${Math.floor(i / about.part.features)}`))[i % about.part.features];
   const wanted = new Set(Object.values(found.contexts).flat().map(context => context[0])), lines = new Map();
-  await Promise.all([...wanted].map(async row => lines.set(row, (await need("x" + Math.floor(row / about.part.rows)))[row % about.part.rows])));
+  await Promise.all([...wanted].map(async row => lines.set(row,
+    (await need("x" + Math.floor(row / about.part.rows)))[row % about.part.rows])));
   if (mine !== turn) return;
   if (list !== table) { list = table; order = arrange(table, "", ""); $("search").value = ""; }
   const place = order.indexOf(i), kinds = found.contexts;
   if (place >= 0) at = place;
-  const counted = found.histogram.reduce((sum, count) => sum + count, 0), everything = kinds.top.reduce((sum, context) => sum + context[3].length, 0) === counted;
+  const counted = found.histogram.reduce((sum, count) => sum + count, 0),
+    everything = kinds.top.reduce((sum, context) => sum + context[3].length, 0) === counted;
   const step = (by, label, sign) => order[place + by] === undefined || place < 0 ? ""
     : link(featureHash(sae, table.feature[order[place + by]]), { ariaLabel: label, title: label }, sign);
   const legend = () => make("span", { className: "legend" }, `code 0 to ${number(found.peak)}`);
   const section = (title, note, which) => box([title, legend()], note, contexts(which, lines, found.peak));
   const words = Object.entries(info.columns).filter(([name, kind]) => kind === "text" && table.columns[name][i]);
-  const side = (title, note, name, kind) => found[name] ? [make("div", {}, make("h3", {}, title, make("small", {}, note)), bars(found[name], id => chip(id), number, kind))] : [];
-  const pair = (a, b) => a.length + b.length ? [make("section", { className: a.length && b.length ? "box two" : "box" }, a, b)] : [];
+  const side = (title, note, name, kind) => found[name] ? [make("div", {},
+    make("h3", {}, title, make("small", {}, note)), bars(found[name], id => chip(id), number, kind))] : [];
+  const pair = (a, b) => a.length + b.length ? [make("section", { className: a.length && b.length ? "box two" : "box" },
+    a, b)] : [];
   $("feature").replaceChildren(make("div", { className: "page" },
-    make("div", { className: "title" }, make("h2", { tabIndex: -1 }, `Feature ${state.feature}`, make("small", {}, info.name)),
+    make("div", { className: "title" }, make("h2", { tabIndex: -1 }, `Feature ${state.feature}`,
+      make("small", {}, info.name)),
       make("div", { className: "chips" }, table.tokens[i].slice(0, 5).map(id => chip(id))),
-      make("span", { className: "step" }, place >= 0 ? `${whole.format(place + 1)} of ${whole.format(order.length)} ` : "",
+      make("span", { className: "step" }, place >= 0 ? `${whole.format(place + 1)} of ${whole.format(order.length)} `
+        : "",
         step(-1, "Previous feature in the list (k)", "↑"), step(1, "Next feature in the list (j)", "↓"),
         link(listHash(), { ariaLabel: "Back to the list (Esc)", title: "Back to the list (Esc)" }, "List"))),
     make("div", {},
@@ -295,45 +332,63 @@ async function showFeature(mine) {
         section("Random", "drawn from all its firings", kinds.random)]),
     make("aside", {},
       box("Codes", `${whole.format(counted)} firings, logarithmic`, histogram(found.histogram, found.peak)),
-      box("Scores", "and where they rank among all features", scores(table, i), ...words.map(([name]) => make("p", { className: "more" }, `${name}: ${visible(table.columns[name][i])}`))),
+      box("Scores", "and where they rank among all features", scores(table, i),
+        ...words.map(([name]) => make("p", { className: "more" }, `${name}: ${visible(table.columns[name][i])}`))),
       box("Fires on", "share of its summed codes", bars(found.tokens, id => chip(id), percent, "", 1)),
       ...pair(side("Promotes", "logits", "promoted", ""), side("Suppresses", "", "suppressed", "cold")),
-      ...pair(side("Nearest unigrams", "cosine", "unigrams", "plain"), side("Nearest table rows", "cosine", "rows", "plain")),
-      ...found.near.map((near, other) => box(other === sae ? "Nearest features" : `Nearest ${about.saes[other].name}`, "cosine of decoder rows",
-        bars(near, feature => link(featureHash(other, feature), { className: "id" }, String(feature)), number, "plain", 1))))));
+      ...pair(side("Nearest unigrams", "cosine", "unigrams", "plain"),
+        side("Nearest table rows", "cosine", "rows", "plain")),
+      ...found.near.map((near, other) => box(other === sae ? "Nearest features" : `Nearest ${about.saes[other].name}`,
+        "cosine of decoder rows",
+        bars(near, feature => link(featureHash(other, feature), { className: "id" }, String(feature)), number, "plain",
+          1))))));
   $("feature").scrollTop = 0;
   $("feature").querySelector("h2").focus({ preventScroll: true });
 }
 
 async function showToken(mine) {
   const id = state.token;
-  if (id === null) return $("answer").replaceChildren(make("p", { className: "error" }, "Choose a token of the text to see what each SAE makes of it."));
+  if (id === null) return $("answer").replaceChildren(make("p", { className: "error" },
+    "Choose a token of the text to see what each SAE makes of it."));
   const part = text.counts[id] ? await need("t" + Math.floor(id / about.part.tokens)) : null;
   if (!part) throw new Error(`Token ${id} does not occur in this text.`);
   const found = part[id], tables = await Promise.all(about.saes.map((_, sae) => load(sae)));
   if (mine !== turn) return;
-  const nearest = entries => make("p", { className: "near" }, entries.flatMap(([other, cosine]) => [chip(other), make("small", {}, number(cosine))]));
+  const nearest = entries => make("p", { className: "near" },
+    entries.flatMap(([other, cosine]) => [chip(other), make("small", {}, number(cosine))]));
   const fact = (label, value) => make("span", {}, label + " ", make("b", {}, value));
-  const norm = (label, [size, rank]) => [fact(label, number(size)), fact("above", Math.round(100 * rank) + " % of tokens")];
-  $("answer").replaceChildren(make("div", { className: "title" }, make("h2", { tabIndex: -1 }, make("span", { className: "chip" }, token(id)), make("small", {}, `token ${id}`))),
-    make("div", { className: "facts" }, fact("occurs", `${whole.format(text.counts[id])} times`), fact("share of the text", percent(text.counts[id] / about.positions)),
+  const norm = (label, [size, rank]) => [fact(label, number(size)),
+    fact("above", Math.round(100 * rank) + " % of tokens")];
+  $("answer").replaceChildren(make("div", { className: "title" },
+    make("h2", { tabIndex: -1 }, make("span", { className: "chip" }, token(id)), make("small", {}, `token ${id}`))),
+    make("div", { className: "facts" }, fact("occurs", `${whole.format(text.counts[id])} times`),
+      fact("share of the text", percent(text.counts[id] / about.positions)),
       ...(found.unigram ? norm("norm of its unigram", found.unigram) : [])),
     ...(found.unigram ? [box("Nearest unigrams", "cosine, centred", nearest(found.unigram[2]))] : []),
-    make("div", { className: "sides" }, found.saes.map((one, sae) => make("section", { className: "box" }, make("h3", {}, about.saes[sae].name),
-      make("div", { className: "facts" }, fact("features a position", number(one.l0)), ...(one.row ? norm("norm of its table row", one.row) : [make("span", {}, "no table")])),
-      make("table", { className: "answers" }, make("thead", {}, make("tr", {}, ["Feature", "Fires on"].map(label => make("th", { scope: "col" }, label)),
-        [["Fires", "share of the token's positions where it fires"], ["Mean code", "where it fires"]].map(([label, title]) => make("th", { scope: "col", className: "number", title }, label)))),
-        make("tbody", {}, one.features.map(([feature, share, code]) => make("tr", {}, make("td", {}, link(featureHash(sae, feature), { className: "id" }, String(feature))),
-          make("td", {}, tables[sae].tokens[tables[sae].place.get(feature)].slice(0, 3).map(other => chip(other, true))),
+    make("div", { className: "sides" }, found.saes.map((one, sae) =>
+      make("section", { className: "box" }, make("h3", {}, about.saes[sae].name),
+      make("div", { className: "facts" }, fact("features a position", number(one.l0)),
+        ...(one.row ? norm("norm of its table row", one.row) : [make("span", {}, "no table")])),
+      make("table", { className: "answers" }, make("thead", {},
+        make("tr", {}, ["Feature", "Fires on"].map(label => make("th", { scope: "col" }, label)),
+        [["Fires", "share of the token's positions where it fires"],
+          ["Mean code", "where it fires"]].map(([label, title]) =>
+          make("th", { scope: "col", className: "number", title }, label)))),
+        make("tbody", {}, one.features.map(([feature, share, code]) =>
+          make("tr", {}, make("td", {}, link(featureHash(sae, feature), { className: "id" }, String(feature))),
+          make("td", {}, tables[sae].tokens[tables[sae].place.get(feature)].slice(0, 3).map(other =>
+            chip(other, true))),
           make("td", { className: "number" }, percent(share)), make("td", { className: "number" }, number(code)))))),
-      ...(one.row ? [make("h3", { className: "gap" }, "Nearest table rows", make("small", {}, "cosine, centred")), nearest(one.row[2])] : [])))));
+      ...(one.row ? [make("h3", { className: "gap" }, "Nearest table rows", make("small", {}, "cosine, centred")),
+        nearest(one.row[2])] : [])))));
 }
 function options() {
   const word = $("pick").value.toLowerCase(), box = $("options"), found = [];
   text.counts.forEach((count, id) => { if (count && text.strings[id].toLowerCase().includes(word)) found.push(id); });
   const exact = id => text.strings[id].trim().toLowerCase() === word.trim() ? 1 : 0;
   found.sort((a, b) => exact(b) - exact(a) || text.counts[b] - text.counts[a]);
-  box.replaceChildren(...found.slice(0, 12).map((id, i) => make("li", { id: `option${i}`, role: "option", ariaSelected: "false", onmousedown: event => event.preventDefault(),
+  box.replaceChildren(...found.slice(0, 12).map((id, i) => make("li",
+    { id: `option${i}`, role: "option", ariaSelected: "false", onmousedown: event => event.preventDefault(),
     onclick: () => choose(id) }, make("span", { className: "chip" }, token(id)), whole.format(text.counts[id]))));
   box.hidden = !found.length;
   $("pick").setAttribute("aria-expanded", String(!box.hidden));
@@ -350,16 +405,22 @@ function choose(id) { close(); $("pick").value = ""; go(hash({ token: id })); }
 
 async function route() {
   const params = new URLSearchParams(here.slice(1)), mine = ++turn;
-  const id = (name, most) => /^\d+$/.test(params.get(name) ?? "") && Number(params.get(name)) < most ? Number(params.get(name)) : null;
-  state = { sae: id("sae", about.saes.length) ?? 0, feature: id("feature", Infinity), token: id("token", text.strings.length) };
+  const id = (name, most) => /^\d+$/.test(params.get(name) ?? "") && Number(params.get(name)) < most
+    ? Number(params.get(name)) : null;
+  state = { sae: id("sae", about.saes.length) ?? 0, feature: id("feature", Infinity),
+    token: id("token", text.strings.length) };
   const view = params.has("token") ? "token" : state.feature !== null ? "feature" : "list";
   for (const name of ["list", "feature", "token"]) $(name).hidden = name !== view;
-  $("tabs").replaceChildren(...about.saes.map(({ name, n, live }, sae) => link(hash({ sae }), { ...(view !== "token" && sae === state.sae && { "aria-current": "page" }),
-    title: `${whole.format(live)} of ${whole.format(n)} features fire on this text` }, name, make("small", {}, whole.format(live)))),
-    link("#token=", { ...(view === "token" && { "aria-current": "page" }), title: "What each SAE makes of one token" }, "Compare a token"));
+  $("tabs").replaceChildren(...about.saes.map(({ name, n, live }, sae) =>
+    link(hash({ sae }), { ...(view !== "token" && sae === state.sae && { "aria-current": "page" }),
+    title: `${whole.format(live)} of ${whole.format(n)} features fire on this text` }, name,
+      make("small", {}, whole.format(live)))),
+    link("#token=", { ...(view === "token" && { "aria-current": "page" }), title: "What each SAE makes of one token" },
+      "Compare a token"));
   try {
     if (view === "feature") await showFeature(mine);
-    if (view === "token") { await showToken(mine); if (mine === turn) (state.token === null ? $("pick") : $("answer").querySelector("h2")).focus(); }
+    if (view === "token") { await showToken(mine); if (mine === turn) (state.token === null ? $("pick")
+      : $("answer").querySelector("h2")).focus(); }
     if (view === "list") {
       const table = await load(state.sae);
       if (mine !== turn) return;
@@ -371,7 +432,8 @@ async function route() {
       move(0);
     }
   } catch (error) {
-    if (mine === turn) (view === "list" ? $("list") : view === "token" ? $("answer") : $("feature")).replaceChildren(make("p", { className: "error", role: "alert" }, error.message));
+    if (mine === turn) (view === "list" ? $("list") : view === "token" ? $("answer")
+      : $("feature")).replaceChildren(make("p", { className: "error", role: "alert" }, error.message));
   }
 }
 
@@ -380,11 +442,13 @@ document.addEventListener("keydown", event => {
   const view = ["list", "feature", "token"].find(name => !$(name).hidden), typing = event.target.matches("input");
   const step = { j: 1, ArrowDown: 1, k: -1, ArrowUp: -1, PageDown: 15, PageUp: -15, Home: -1e9, End: 1e9 }[event.key];
   const done = () => event.preventDefault();
-  if (event.key === "/" && !typing) { done(); const field = view === "token" ? $("pick") : $("search"); if (view === "feature") go(listHash()); setTimeout(() => { field.focus(); field.select(); }, 30); }
+  if (event.key === "/" && !typing) { done(); const field = view === "token" ? $("pick") : $("search");
+    if (view === "feature") go(listHash()); setTimeout(() => { field.focus(); field.select(); }, 30); }
   else if (event.target === $("pick")) {
     const place = [...$("options").children].findIndex(item => item.ariaSelected === "true");
     if (event.key === "Escape") { $("options").hidden ? go(listHash()) : close(); done(); }
-    else if (event.key.startsWith("Arrow") && step) { $("options").hidden ? options() : select(Math.max(0, Math.min($("options").children.length - 1, place + step))); done(); }
+    else if (event.key.startsWith("Arrow") && step) { $("options").hidden ? options()
+      : select(Math.max(0, Math.min($("options").children.length - 1, place + step))); done(); }
     else if (event.key === "Enter") { $("options").children[place]?.click(); done(); }
   } else if (event.key === "Escape") {
     const open = document.querySelector("details[open]");
@@ -392,12 +456,18 @@ document.addEventListener("keydown", event => {
     else if (view !== "list") go(listHash());
     else move(0);
     done();
-  } else if (view === "list" && typing && event.target === $("search") && (event.key === "Enter" || event.key === "ArrowDown")) { done(); move(0); }
+  } else if (view === "list" && typing && event.target === $("search")
+    && (event.key === "Enter" || event.key === "ArrowDown")) { done(); move(0); }
   else if (view === "list" && !typing && step && !event.target.closest("details")) { done(); move(step); }
-  else if (view === "list" && event.key === "Enter" && event.target === document.body && order.length) go(featureHash(list.sae, list.feature[order[at]]));
-  else if (view === "feature" && (event.key === "j" || event.key === "k")) { const next = order[order.indexOf(list.place.get(state.feature)) + step]; if (next !== undefined) go(featureHash(state.sae, list.feature[next])); }
+  else if (view === "list" && event.key === "Enter" && event.target === document.body
+    && order.length) go(featureHash(list.sae, list.feature[order[at]]));
+  else if (view === "feature"
+    && (event.key === "j"
+    || event.key === "k")) { const next = order[order.indexOf(list.place.get(state.feature)) + step];
+    if (next !== undefined) go(featureHash(state.sae, list.feature[next])); }
 });
-document.addEventListener("click", event => { for (const open of document.querySelectorAll("details[open]")) if (!open.contains(event.target)) open.open = false; });
+document.addEventListener("click",
+  event => { for (const open of document.querySelectorAll("details[open]")) if (!open.contains(event.target)) open.open = false; });
 $("search").addEventListener("input", () => { at = 0; $("scroll").scrollTop = 0; refresh(); });
 $("scroll").addEventListener("scroll", () => requestAnimationFrame(rows));
 window.addEventListener("resize", () => { if (list && !$("list").hidden) rows(); });
@@ -407,7 +477,9 @@ window.addEventListener("hashchange", follow);
 Promise.all([need("about"), need("strings")]).then(([first, second]) => {
   [about, text] = [first, second];
   const facts = { ...about.about, positions: whole.format(about.positions), codes: "in units of the SAE's scale" };
-  $("about").querySelector("dl").replaceChildren(...Object.entries(facts).flatMap(([name, value]) => [make("dt", {}, name), make("dd", {}, value)]));
+  $("about").querySelector("dl").replaceChildren(...Object.entries(facts).flatMap(([name, value]) =>
+    [make("dt", {}, name), make("dd", {}, value)]));
   return route();
-}).catch(error => { $("list").hidden = false; $("list").replaceChildren(make("p", { className: "error", role: "alert" }, error.message)); });
+}).catch(error => { $("list").hidden = false; $("list").replaceChildren(make("p", { className: "error", role: "alert" },
+  error.message)); });
 })();

@@ -105,7 +105,7 @@ def strongest(a: torch.Tensor, b: torch.Tensor, top: int, sign: int = 1) -> list
     """For every row of a (n, d) the `top` rows of b (m, d) with the largest sign * <a, b>, and <a, b>; not itself if a is b."""
     found, chunk = [], max(1, 2**24 // len(b))
     for first in range(0, len(a), chunk):
-        product = sign * (a[first:first + chunk] @ b.T)
+        product = (sign * a[first:first + chunk]) @ b.T
         if a is b:
             own = torch.arange(len(product), device=product.device)
             product[own, own + first] = -torch.inf
@@ -233,9 +233,10 @@ def data(text: Text, pages: list[Pages], title: str, about: dict[str, str], mean
         level = np.array([found["histogram"] for found in page.features])
         shape = np.ceil(9 * level / level.max(axis=1, keepdims=True)).astype(int)  # a digit a bin, 1 where there is any
         yield f"s{i}", dict(
-            feature=page.scores["feature"].tolist(), columns={name: _column(page.scores[name], kinds[i][name]) for name in kinds[i]},
-            shape=["".join(map(str, row)) for row in shape.tolist()],
-            **{name: [[token for token, _ in found.get(name, [])] for found in page.features] for name in ("tokens", "promoted")})
+            feature=page.scores["feature"].tolist(), shape=["".join(map(str, row)) for row in shape.tolist()],
+            columns={column: _column(page.scores[column], kind) for column, kind in kinds[i].items()},
+            **{name: [[token for token, _ in found.get(name, [])] for found in page.features]
+               for name in ("tokens", "promoted")})
         near = [[[(int(other.scores["feature"].iat[j]), cosine) for j, cosine in row]
                  for row in strongest(page.directions, other.directions, NEAREST)] for other in pages]
         every = [found | dict(near=row) for found, *row in zip(page.features, *near)]
@@ -259,7 +260,8 @@ def _kind(column: pd.Series) -> str:
 def _column(column: pd.Series, kind: str) -> list:
     if kind == "text":
         return ["" if missing else str(value) for value, missing in zip(column, column.isna())]
-    return [value if np.isfinite(value) else None for value in short(column.to_numpy(np.float64, na_value=np.nan)).tolist()]
+    values = short(column.to_numpy(np.float64, na_value=np.nan))
+    return [value if np.isfinite(value) else None for value in values.tolist()]
 
 
 def _page(title: str, policy: str, head: str, scripts: str) -> str:
@@ -267,9 +269,9 @@ def _page(title: str, policy: str, head: str, scripts: str) -> str:
     return page.substitute(title=html.escape(title), policy=policy, generator=GENERATOR, head=head, scripts=scripts)
 
 
-def write(folder: str | Path, text: Text, pages: list[Pages], title: str = "Features", about: dict[str, str] | None = None,
-          meanings: dict[str, str] | None = None) -> Path:
-    """Write the browser as a folder, whole or not at all, and return its index.html. An older browser there is replaced.
+def write(folder: str | Path, text: Text, pages: list[Pages], title: str = "Features",
+          about: dict[str, str] | None = None, meanings: dict[str, str] | None = None) -> Path:
+    """Write the browser as a folder, whole or not at all; returns its index.html. An older browser there is replaced.
 
     `about`: facts that the pages state (model, layer, text); `meanings`: what a score is, by the name of its column.
     """
@@ -284,7 +286,8 @@ def write(folder: str | Path, text: Text, pages: list[Pages], title: str = "Feat
             shutil.copyfile(Path(__file__).parent / name, new / name)
         for key, value in data(text, pages, title, about or {}, meanings or {}):
             (new / "data" / f"{key}.js").write_text(f'tsae("{key}",{script_json(value)})\n', encoding="ascii")
-        policy = "default-src 'none'; script-src 'self' file:; style-src 'self' file:; base-uri 'none'; form-action 'none'"
+        policy = ("default-src 'none'; script-src 'self' file:; style-src 'self' file:; base-uri 'none'; "
+                  "form-action 'none'")
         (new / "index.html").write_text(_page(title, policy, '<link rel="stylesheet" href="browser.css">',
                                               '<script src="browser.js"></script>'), encoding="utf-8")
         os.chmod(new, 0o755)  # mkdtemp makes folders that only their owner can read
@@ -306,7 +309,8 @@ def _replaceable(folder: Path) -> bool:
     if not folder.is_dir() or folder.is_symlink():
         return False
     index = folder / "index.html"
-    return not any(folder.iterdir()) or index.is_file() and GENERATOR in index.read_text(encoding="utf-8", errors="replace")
+    ours = index.is_file() and GENERATOR in index.read_text(encoding="utf-8", errors="replace")
+    return ours or not any(folder.iterdir())
 
 
 def write_one(path: str | Path, text: Text, pages: list[Pages], title: str = "Features",

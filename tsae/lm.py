@@ -148,6 +148,28 @@ class LM:
                              f"{self.max_context}; choose a smaller `context`")
         return tokens.to(self.device, torch.long)
 
+    @torch.no_grad()
+    def next_token_logits(self, tokens: torch.Tensor, layer: int = 0,
+                          patch: Callable[[torch.Tensor], torch.Tensor] | None = None,
+                          residuals: torch.Tensor | None = None) -> torch.Tensor:
+        """Logits (b, V) float32 of what follows the last token of rows (b, T).
+
+        `patch(x) -> x_hat` replaces the residuals x (b, d) of the last position at `layer`. Given the `residuals` (b, T, d)
+        there, the blocks below are skipped.
+        """
+        tokens = self._checked(tokens, [layer])
+        with self.traced.trace(input_ids=tokens, use_cache=False, logits_to_keep=1):
+            if residuals is not None:
+                for below in range(layer):
+                    self.blocks[below].skip(residuals.to(self.model.dtype))
+            if patch is not None:
+                x = self.blocks[layer].input
+                mended = self._centre(x.float())
+                mended[:, -1] = patch(mended[:, -1])
+                self.blocks[layer].input = mended.to(x.dtype)
+            logits = self.traced.output.logits.save()
+        return logits[:, -1].float()
+
 
 def bos_id(tokenizer) -> int:
     """The id of the token that starts every row. Raises ValueError for a tokenizer that has none."""

@@ -44,10 +44,16 @@ def show(figure: go.Figure, path: str | Path = "") -> None:
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.write_html(path.with_suffix(".html"), include_plotlyjs="directory")
-        if image:
-            with store.replacing(path.with_suffix(".png")) as temporary:
-                temporary.write_bytes(picture(figure, 1.5))
+        write_picture(figure, path.with_suffix(".png"))
     display(bundle, raw=True)
+
+
+def write_picture(figure: go.Figure, path: Path) -> None:
+    """Write the figure as PNG where there is a Chrome to draw it."""
+    image = picture(figure, 1.5)
+    if image:
+        with store.replacing(path) as temporary:
+            temporary.write_bytes(image)
 
 
 def picture(figure: go.Figure, scale: float = 1.0) -> bytes | None:
@@ -204,3 +210,16 @@ def tokens_by_frequency(table: pd.DataFrame) -> go.Figure:
     figure.update_xaxes(exponentformat="power", dtick=1)
     return _titled(_facet_names(figure), "How many tokens a feature stands for, at equal firing frequency",
                    "firing frequency (share of positions)", "effective number of tokens", width=1060)
+
+
+def cost(table: pd.DataFrame) -> go.Figure:
+    """Columns cell, contender, n, d, k, seconds (of tests.bench step --full): time of a training step against its size."""
+    axes = {"n": "features", "d": "width d", "k": "active features k"}
+    parts = [table[table["cell"] == axis].assign(size=table[axis], axis=label) for axis, label in axes.items()]
+    drawn = pd.concat(parts).assign(ms=lambda rows: 1e3 * rows["seconds"]).sort_values("size")
+    figure = px.line(drawn, x="size", y="ms", color="contender", facet_col="axis", markers=True, log_x=True, log_y=True,
+                     facet_col_spacing=0.04,
+                     color_discrete_map={"tsae": "#2b6cb0", "tsae + table": COLOURS[WITH], "floor": "#a0aec0"})
+    figure.update_xaxes(matches=None, exponentformat="power", dtick="D1" if len(drawn) < 8 else None)
+    return _titled(_facet_names(figure), "A training step against its size (rest at the base size)", "",
+                   "milliseconds", width=1060)

@@ -65,7 +65,41 @@ def evidence(results: Path) -> str:
                      for row in store.read_table(results / "evidence.csv").itertuples()])
 
 
-BLOCKS = {"sweep": sweep, "headline": headline, "evidence": evidence}
+KINDS = {"topk": "TopK", "relu": "ReLU", "gated": "Gated", "jumprelu": "JumpReLU"}
+
+
+def cost(results: Path) -> str:
+    """Seconds of a training step at the benchmark's base size: each trainer, the floor, and their ratios."""
+    table = store.read_table(results / "bench_step.csv")
+    base = table[table["cell"] == "base"]
+    rows = [{"architecture": KINDS[row.kind], "trainer": row.contender + (f" {row.version}" if isinstance(row.version, str)
+                                                                         and row.contender != "floor" else ""),
+             "ms a step [quartiles]": f"{1e3 * row.seconds:.0f} [{1e3 * row.low:.0f}, {1e3 * row.high:.0f}]",
+             "tokens a second": f"{row.tokens_per_second:.0f}", "times tsae's": f"{row.to_tsae:.2f}",
+             "times the floor's": f"{row.to_floor:.2f}", "peak GB": f"{row.peak_gb:.1f}"} for row in base.itertuples()]
+    about = store.read_json(results / "manifest.json")["bench_step.csv"]["parameters"]
+    size = base.iloc[0]
+    return (f"d {size['d']}, {size['n']} features, k {size['k']}, batch {size['batch']}; {about['cpu']}, {about['threads']} "
+            f"threads, {about['capability']}, torch {about['torch']}; medians of {size['rounds']} interleaved rounds.\n\n"
+            + markdown(rows))
+
+
+def engine(results: Path) -> str:
+    """The other parts of the benchmark: extraction, the store, a sweep's memory."""
+    extraction, storing, sweep = (store.read_table(results / f"bench_{name}.csv") for name in
+                                  ("extraction", "storing", "sweep"))
+    rows = [{"measured": f"residuals of {row.model}, layer {row.layer}, against a bare forward truncated there",
+             "value": f"{row.to_bare:.2f} x"} for row in extraction[extraction["contender"] == "tsae"].itertuples()]
+    rows += [{"measured": f"activation store, {row.what} of {row.positions} rows of {row.d}, against one plain file",
+              "value": f"{row.to_plain:.2f} x, {row.gb_per_second:.2g} GB/s"}
+             for row in storing[storing["contender"] == "store"].itertuples()]
+    rows += [{"measured": f"peak memory of a sweep: {row.saes} SAEs, d {row.d}, {row.n} features, {row.tokens} tokens each, "
+              f"from a store of {row.positions} rows", "value": f"{row.peak_gb:.2f} GB in {row.seconds:.0f} s"}
+             for row in sweep.itertuples()]
+    return markdown(rows)
+
+
+BLOCKS = {"sweep": sweep, "headline": headline, "evidence": evidence, "cost": cost, "engine": engine}
 
 
 def written(text: str, results: Path) -> str:
@@ -76,3 +110,13 @@ def written(text: str, results: Path) -> str:
             raise ValueError(f"the README has no place for the table {name!r}: <!-- {name} --> and <!-- /{name} -->")
         text = block.sub(lambda match, table=make(results): f"{match[1]}\n{table}\n\n{match[2]}", text)
     return text
+
+
+def tie() -> None:
+    """Write the README's tables, and the manifest that ties the figures to the result tables, from what lies there."""
+    results, figures = store.DATA / "results", store.ROOT / "figures"
+    store.write_json(figures / "manifest.json", dict(
+        tables=store.digest(results / "manifest.json"), notebook="05_figures",
+        figures={file.name: store.digest(file) for file in sorted(figures.glob("*.png"))}))
+    page = store.ROOT / "README.md"
+    store.write_text(page, written(page.read_text(encoding="utf-8"), results))

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.functional import embedding, mse_loss, relu
 
-from tsae.kernels import Support, decoded, preactivations, select_top, sum_rows, top
+from tsae.kernels import Support, decoded, preactivations, select_top, sum_rows, sum_to_features, top
 
 ACTIVATIONS = ("relu", "topk", "batchtopk", "jumprelu", "gated")
 LOOKUPS = ("none", "frozen", "learned")
@@ -195,7 +195,7 @@ class SAE(nn.Module):
         if self.activation == "topk":
             codes, support = self.selected(z, t)
             rebuilt = sum_rows(codes, support, self.W_dec)
-            fired = torch.zeros(self.n, dtype=torch.bool, device=x.device).index_fill_(0, support.index[codes > 0], True)
+            fired = sum_to_features(support, codes.detach()) > 0
         else:
             codes, penalty, gates = self._codes(self.preactivations(x, t))
             rebuilt, fired = decoded(codes, self.W_dec), codes.detach().amax(0) > 0
