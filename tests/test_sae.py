@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.nn.functional import cosine_similarity
 
-from tsae.sae import ACTIVATIONS, SAE
+from tsae.sae import ACTIVATIONS, SAE, _Gated
 
 B, D, N, K, V = 9, 6, 10, 3, 5
 X = 3 * torch.randn(B, D, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -124,6 +124,14 @@ def test_loss_terms_by_hand(activation, lookup, aux_lookup):
     assert out["loss"].item() == pytest.approx(expected) and torch.allclose(out["z_hat"] * sae.scale, a_hat)
     assert torch.equal(out["fired"], (codes > 0).any(0)) and not out["z_hat"].requires_grad
     assert (out["codes"] > 0).sum() == (codes > 0).sum() and not out["codes"].requires_grad
+
+
+def test_gated_codes_have_the_derivatives_of_finite_differences():
+    g = torch.Generator().manual_seed(0)
+    pre, *rest = (torch.randn(shape, generator=g, dtype=X.dtype).requires_grad_() for shape in ((B, N), N, N, N))
+    codes, gates = _Gated.apply(pre, *rest)
+    assert (codes > 0).any() and ((gates > 0) & (codes == 0)).any() and (gates == 0).any()
+    assert torch.autograd.gradcheck(_Gated.apply, (pre, *rest))
 
 
 def test_the_gated_auxiliary_error_leaves_the_decoder_alone():

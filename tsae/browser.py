@@ -62,6 +62,10 @@ class Text:
             raise ValueError("the places are not in reading order: take them from features.where")
         if int(self.rows.max()) >= len(self.strings):
             raise ValueError(f"the text holds token {int(self.rows.max())}, there are strings for {len(self.strings)}")
+        for name in ("unigrams", "unembedding"):
+            table = getattr(self, name)
+            if table is not None and len(table) != len(self.strings):
+                raise ValueError(f"{name} has {len(table)} rows, there are strings for {len(self.strings)} tokens")
 
 
 @dataclass
@@ -91,7 +95,7 @@ def firings(sae: SAE, x: torch.Tensor, t: torch.Tensor) -> tuple[np.ndarray, np.
 
 
 def leading(group: np.ndarray, key: np.ndarray, most: int, once: np.ndarray | None = None) -> np.ndarray:
-    """Where the `most` smallest keys of each group stand: by group, then by key. `once`: at most one of each such value."""
+    """Where the `most` smallest keys of each group stand, by group and key. `once`: one at most of each such value."""
     order = np.lexsort((key, group))
     if once is not None:
         pair = group[order].astype(np.int64) * (int(once.max()) + 1) + once[order]
@@ -102,7 +106,7 @@ def leading(group: np.ndarray, key: np.ndarray, most: int, once: np.ndarray | No
 
 @torch.no_grad()
 def strongest(a: torch.Tensor, b: torch.Tensor, top: int, sign: int = 1) -> list[list[tuple[int, float]]]:
-    """For every row of a (n, d) the `top` rows of b (m, d) with the largest sign * <a, b>, and <a, b>; not itself if a is b."""
+    """For every row of a (n, d): the `top` rows of b (m, d) of largest sign * <a, b>, with <a, b>; never itself."""
     found, chunk = [], max(1, 2**24 // len(b))
     for first in range(0, len(a), chunk):
         product = (sign * a[first:first + chunk]) @ b.T
@@ -126,10 +130,13 @@ def gather(sae: SAE, name: str, text: Text, scores: pd.DataFrame | None = None, 
            seed: int = 0) -> Pages:
     """One pass over the text, and everything that is shown of an SAE.
 
-    `scores` has a column "feature" and any others: numbers, text, or token ids where the name ends in `_token`. Contexts
-    are `contexts_each` of the strongest, of those nearest to the median code and of random ones, a row of text at most
-    once in each; codes in units of the SAE's scale.
+    `scores` has a column "feature" and any others: numbers, text, or token ids where the name ends in `_token`. The
+    contexts are `contexts_each` of the strongest, of those nearest to the median code and of random ones, a row of text
+    at most once in each; codes in units of the SAE's scale.
     """
+    if sae.lookup != "none" and sae.vocabulary != len(text.strings):
+        raise ValueError(f"the table of {name!r} has {sae.vocabulary} rows, there are strings for {len(text.strings)} "
+                         "tokens")
     feature, position, code = firings(sae, text.x, text.t)
     if not len(code):
         raise ValueError(f"no feature of {name!r} fires on this text: there is nothing to show")
@@ -140,15 +147,18 @@ def gather(sae: SAE, name: str, text: Text, scores: pd.DataFrame | None = None, 
     t = text.t.cpu().numpy().astype(np.int64)
     pair, inverse = np.unique(own * len(text.strings) + t[position], return_inverse=True)
     of_feature, of_token = np.divmod(pair, len(text.strings))
-    mass, fired, total = np.bincount(inverse, code), np.bincount(inverse), np.add.reduceat(code, start, dtype=np.float64)
+    mass, fired = np.bincount(inverse, code), np.bincount(inverse)
+    total = np.add.reduceat(code, start, dtype=np.float64)
     best = leading(of_feature, -mass, LISTED)
-    lists = dict(tokens=_lists(of_feature[best], len(live), of_token[best], short(mass[best] / total[of_feature[best]])))
+    share = short(mass[best] / total[of_feature[best]])
+    lists = dict(tokens=_lists(of_feature[best], len(live), of_token[best], share))
 
     directions = sae.W_dec.detach()[torch.as_tensor(live, device=sae.W_dec.device)].float()
     unit = normalize(directions, dim=1)
     if text.unembedding is not None:
         logits = (text.unembedding - text.unembedding.mean(0)).to(directions) * sae.scale
-        lists |= dict(promoted=strongest(directions, logits, LISTED), suppressed=strongest(directions, logits, LISTED, -1))
+        lists["promoted"] = strongest(directions, logits, LISTED)
+        lists["suppressed"] = strongest(directions, logits, LISTED, -1)
     if text.unigrams is not None:
         lists["unigrams"] = strongest(unit, _centred(text.unigrams).to(unit), NEAREST)
     if sae.lookup != "none":
@@ -165,8 +175,9 @@ def gather(sae: SAE, name: str, text: Text, scores: pd.DataFrame | None = None, 
         table = table[ours].merge(scores, on="feature", how="left")[list(dict.fromkeys([*table, *scores]))]
     best = leading(of_token, -mass, LISTED)
     seen, occurs = np.unique(t, return_counts=True)
-    answers = _lists(np.searchsorted(seen, of_token[best]), len(seen), live[of_feature[best]],
-                     short(fired[best] / occurs[np.searchsorted(seen, of_token[best])]), short(mass[best] / fired[best]))
+    place = np.searchsorted(seen, of_token[best])
+    answers = _lists(place, len(seen), live[of_feature[best]], short(fired[best] / occurs[place]),
+                     short(mass[best] / fired[best]))
     l0 = short(np.bincount(t[position], minlength=len(text.strings))[seen] / occurs).tolist()
     tokens = {int(token): dict(features=found, l0=level) for token, found, level in zip(seen, answers, l0)}
     if sae.lookup != "none":
@@ -199,7 +210,8 @@ def _contexts(own, start, count, position, code, places, each: int, seed: int) -
     row, column = places[position].T
     rank = np.empty(len(code), np.int64)
     rank[np.lexsort((-code, own))] = np.arange(len(code)) - np.repeat(start, count)
-    keys = dict(top=rank, middle=abs(2 * rank - (count[own] - 1)), random=np.random.default_rng(seed).permutation(len(code)))
+    keys = dict(top=rank, middle=abs(2 * rank - (count[own] - 1)),
+                random=np.random.default_rng(seed).permutation(len(code)))
     pair = own * (int(row.max()) + 1) + row  # ascends, as the firings of a feature are in reading order
     columns, codes, found = column.tolist(), short(code).tolist(), []
     for key in keys.values():
@@ -207,7 +219,8 @@ def _contexts(own, start, count, position, code, places, each: int, seed: int) -
         spans = zip(row[chosen].tolist(), column[chosen].tolist(), np.searchsorted(pair, pair[chosen]).tolist(),
                     np.searchsorted(pair, pair[chosen], side="right").tolist())
         shown = [(row, at, columns[a:b], codes[a:b]) for row, at, a, b in spans]
-        found.append([shown[a:b] for a, b in pairwise(np.searchsorted(own[chosen], np.arange(len(start) + 1)).tolist())])
+        ends = np.searchsorted(own[chosen], np.arange(len(start) + 1)).tolist()
+        found.append([shown[a:b] for a, b in pairwise(ends)])
     return [dict(zip(keys, kinds)) for kinds in zip(*found)]
 
 
@@ -226,7 +239,8 @@ def data(text: Text, pages: list[Pages], title: str, about: dict[str, str], mean
         title=title, about={key: str(value) for key, value in about.items()}, meanings=MEANINGS | meanings, part=PART,
         positions=len(text.t), saes=[dict(name=page.name, n=page.n, live=len(page.scores), columns=kind)
                                      for page, kind in zip(pages, kinds)])
-    yield "strings", dict(strings=text.strings, counts=np.bincount(text.t.cpu().numpy(), minlength=len(text.strings)).tolist())
+    counts = np.bincount(text.t.cpu().numpy(), minlength=len(text.strings)).tolist()
+    yield "strings", dict(strings=text.strings, counts=counts)
     for first in range(0, len(text.rows), PART["rows"]):
         yield f"x{first // PART['rows']}", text.rows[first:first + PART["rows"]].tolist()
     for i, page in enumerate(pages):

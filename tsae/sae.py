@@ -45,6 +45,26 @@ class _JumpReLU(torch.autograd.Function):
         return g * (codes > 0), g_theta * theta, None
 
 
+class _Gated(torch.autograd.Function):
+    """Codes and gates (b, n) of pre = W x + b_enc (b, n): the magnitudes share W, scaled by exp(r_mag) (Rajamanoharan et al.
+    2024b). The derivative by hand takes half of the passes over (b, n)."""
+
+    @staticmethod
+    def forward(ctx, pre, b_enc, r_mag, b_mag):
+        gain, gates = r_mag.exp(), relu(pre)
+        codes = torch.addcmul(b_mag - b_enc * gain, pre, gain).relu_().masked_fill_(pre <= 0, 0.0)
+        ctx.save_for_backward(codes, gates, b_enc, gain)
+        return codes, gates
+
+    @staticmethod
+    def backward(ctx, g, g_gates):
+        codes, gates, b_enc, gain = ctx.saved_tensors
+        g = g.masked_fill(codes <= 0, 0.0)
+        total = g.sum(0)
+        g_pre = torch.addcmul(g_gates.masked_fill(gates <= 0, 0.0), g, gain)
+        return g_pre, -total * gain, ((g * gates).sum(0) - total * b_enc) * gain, total
+
+
 class SAE(nn.Module):
     """A sparse autoencoder over activations of width `d_model` with `n` features, with or without a lookup table.
 
@@ -165,8 +185,7 @@ class SAE(nn.Module):
         if self.activation == "jumprelu":
             return *_JumpReLU.apply(pre, self.log_threshold, self.bandwidth), None
         if self.activation == "gated":
-            gates = relu(pre)
-            codes = (pre > 0) * relu((pre - self.b_enc) * self.r_mag.exp() + self.b_mag)
+            codes, gates = _Gated.apply(pre, self.b_enc, self.r_mag, self.b_mag)
             return codes, (gates @ self.W_dec.norm(dim=-1)).mean(), gates
         codes = relu(pre)
         return codes, (codes @ self.W_dec.norm(dim=-1)).mean(), None
@@ -174,14 +193,12 @@ class SAE(nn.Module):
     def _batch_codes(self, pre: torch.Tensor) -> torch.Tensor:
         """The k * b largest of a training batch; in use, everything above a running mean of the smallest kept."""
         if len(pre) and (self.training or self.threshold < 0):
-            kept, every = self.k * len(pre), pre.detach()
-            likely = every[every > 0.5 * self.threshold.clamp_min(0)]  # few, and nearly always enough
-            likely = likely if len(likely) >= kept else every.flatten()
-            threshold = likely.topk(kept, sorted=False).values.min().clamp_min(0)
+            every = pre.detach().view(1, -1)
+            threshold = every.gather(1, top(every, self.k * len(pre))).min().clamp_min(0)
             if self.training:
                 self.threshold.copy_(threshold if self.threshold < 0 else 0.9 * self.threshold + 0.1 * threshold)
-            return relu(pre) * (pre >= threshold)
-        return relu(pre) * (pre >= self.threshold)
+            return pre.masked_fill(pre < threshold, 0.0)
+        return pre.masked_fill(pre < self.threshold, 0.0)
 
     def loss(self, x: torch.Tensor, t: torch.Tensor | None = None, sparsity: float = 0.0,
              dead: torch.Tensor | None = None, aux_weight: float = 1 / 32) -> dict[str, torch.Tensor]:

@@ -48,7 +48,7 @@ def ladder(codes: csc_array, text: Text, prior: float = 2.0, negatives: int = 40
     """How well the last n = 1 .. 4 tokens predict each feature, fitted on one half of the text and scored on the other.
 
     The prediction of a suffix is the mean code of the fit half where the text ends so, shrunk towards the prediction of the
-    suffix one token shorter as if that had been seen `prior` times: an unseen suffix falls back to the longest one seen,
+    suffix one token shorter as if that had been seen `prior` times (of 1, 2, 4, 8 the embedded model's SAEs are predicted best with 2): an unseen suffix falls back to the longest one seen,
     an unseen token predicts silence. (Shrinking tokens towards the feature's mean instead would change R2 by about its
     firing frequency times the share of unseen tokens.) Columns, one row a feature: r2_n = 1 - SSE / SST, as it comes, below
     0 too; auc_n: chance that a firing has a larger predicted probability of firing than a silent position, against
@@ -195,7 +195,8 @@ def explained(codes: csc_array, text: Text, size: int = 10, examples: int = 50, 
     An explanation is up to `size` groups of one of the text's rules ("the token in ..."): those that add most to the share
     of firings covered less the share of silent positions covered. A group that fired once in the fit half does not count:
     with that firing left out it would be unknown. Of the rules that come within 0.02 of the best the one with the largest F1
-    is taken, then the first: a token detects its bigrams almost as well as they do, but is less often right.
+    is taken, less 0.001 a group, then the first: a token detects its bigrams almost as well as they do, but is less often
+    right.
     After Bills et al. 2023 and Paulo et al. 2024, with a rule in the place of a language model. Columns: rule, explanation;
     detection: balanced accuracy on the held-out half, firings against silent positions, all of them (0.5 is chance);
     detection_mass: the same with firings weighted by their code; precision, recall and rule_f1 there; fuzzing: balanced
@@ -218,7 +219,8 @@ def explained(codes: csc_array, text: Text, size: int = 10, examples: int = 50, 
         kept.append((feature[order], group[order]))
         gains[rule] = np.bincount(feature[order], gain[order], n)
         both = fired + np.bincount(feature[order], seen[group[order]], n)
-        f1[rule] = 2 * np.bincount(feature[order], count[order], n) / np.maximum(both, 1)
+        f1[rule] = (2 * np.bincount(feature[order], count[order], n) / np.maximum(both, 1)
+                    - 0.001 * np.bincount(feature[order], minlength=n))
     best = np.argmax(np.where(gains >= gains.max(axis=0) - 0.02, f1, -1), axis=0)
     mine = [best[feature] == rule for rule, (feature, _) in enumerate(kept)]
     feature = np.concatenate([kept[rule][0][which] for rule, which in enumerate(mine)])

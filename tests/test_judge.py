@@ -1,0 +1,130 @@
+"""The judge against a server of our own on this machine: what is sent, what is made of answers, what is said of failures."""
+
+import json
+import re
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import byte_tokenizer
+from scipy.sparse import csc_array
+
+from tsae import heldout, judge, scores
+
+
+@pytest.fixture
+def endpoint():
+    """A server: `endpoint.answers` maps a prompt to a reply's text, or to (status, body); `endpoint.seen` is what came."""
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self):
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            server.seen.append((self.path, self.headers.get("Authorization"), body))
+            reply = server.answers(body["messages"][0]["content"])
+            status, reply = reply if isinstance(reply, tuple) else (
+                200, json.dumps(dict(choices=[dict(message=dict(content=reply))])))
+            self.send_response(status)
+            self.end_headers()
+            self.wfile.write(reply.encode())
+
+        def log_message(self, *_):
+            pass
+
+    server = HTTPServer(("127.0.0.1", 0), Handler)
+    server.seen, server.url = [], f"http://127.0.0.1:{server.server_port}/v1"
+    thread = threading.Thread(target=server.serve_forever, kwargs=dict(poll_interval=0.01))
+    thread.start()
+    yield server
+    server.shutdown(), thread.join(), server.server_close()
+
+
+def planted():
+    """Feature 0 fires on 'a', 1 on 'b', 2 anywhere, 3 never."""
+    random, tokenizer = np.random.default_rng(0), byte_tokenizer()
+    rows = np.c_[np.zeros((40, 1), int), random.choice(tokenizer.encode("abcdef"), (40, 30))]
+    rows = torch.from_numpy(rows).int()
+    text = heldout.prepare(rows, rows != 0, tokenizer)
+    letters = np.array([text.word(int(t)) for t in text.t])
+    fires = np.stack([letters == "a", letters == "b", random.random(len(letters)) < 0.1, letters == "?"], 1)
+    return text, csc_array((fires * random.uniform(1, 2, fires.shape)).astype(np.float32))
+
+
+def clever(prompt: str) -> str:
+    """Explains by the commonest marked token, and detects by it."""
+    excerpts = json.loads(prompt[prompt.index("\n[") + 1:] if "\n[" in prompt else prompt[prompt.index("["):])
+    marked = [re.search(r"<<(.+?)>>", excerpt)[1] for excerpt in excerpts]
+    if prompt.startswith(judge.EXPLAIN[:40]) and "numbered" not in prompt:
+        return f"the letter {max(set(marked), key=marked.count)}"
+    letter = re.search(r"the letter (\w)", prompt)[1]
+    return f"I think: {[i for i, mark in enumerate(marked, 1) if mark == letter]}"
+
+
+def test_a_judge_explains_and_detects(endpoint):
+    text, codes = planted()
+    endpoint.answers = clever
+    found = judge.judged(judge.Judge(endpoint.url, "some-model", "secret"), codes, text, [0, 1, 2, 3])
+    assert found["judge_explanation"][:2].tolist() == ["the letter a", "the letter b"]
+    assert found["judge_detection"][:2].tolist() == [1, 1] and 0.3 < found["judge_detection"][2] < 0.8
+    assert np.isnan(found["judge_detection"][3]) and len(endpoint.seen) == 6, "a feature that never fires is not asked about"
+    path, key, body = endpoint.seen[0]
+    assert path == "/v1/chat/completions" and key == "Bearer secret" and body["model"] == "some-model"
+    assert judge.agreement(found, scores.scored(codes, text)) > 0.8
+    for i, (_, _, body) in enumerate(endpoint.seen):  # explained from the fit half, asked about the other
+        for excerpt in re.findall(r'"(?:\d+: )?([^"]*<<.>>[^"]*)"', body["messages"][0]["content"]):
+            at = [p for p in range(len(text.t)) if judge.excerpt(text, p) == excerpt]
+            assert any(text.fit[p] == (i % 2 == 0) for p in at)
+
+
+def test_excerpts_stay_in_their_row():
+    text, _ = planted()
+    row = "".join(text.word(int(t)) for t in text.t[text.row == 1])
+    first = int(np.flatnonzero(text.row == 1)[0])
+    assert judge.excerpt(text, first, 3) == f"<<{row[0]}>>{row[1:4]}"
+    assert judge.excerpt(text, first + 5, 2) == f"{row[3:5]}<<{row[5]}>>{row[6:8]}"
+
+
+def test_busy_servers_are_asked_again(endpoint):
+    replies = iter([(503, "busy"), (429, "slow down"), "[1, 3]"])
+    endpoint.answers = lambda prompt: next(replies)
+    asked = judge.Judge(endpoint.url + "/chat/completions", "m", waits_s=(0, 0))
+    assert asked.detect("x", ["a", "b", "c"]).tolist() == [True, False, True]
+    assert len(endpoint.seen) == 3 and endpoint.seen[0][0] == "/v1/chat/completions" and endpoint.seen[0][1] is None
+
+
+def test_failures_are_sentences(endpoint):
+    asked = judge.Judge(endpoint.url, "m", waits_s=(0,))
+    endpoint.answers = lambda prompt: (401, "no")
+    with pytest.raises(ConnectionError, match="HTTP 401.*check the address"):
+        asked.ask("x")
+    assert len(endpoint.seen) == 1, "a wrong key is not tried again"
+    endpoint.answers = lambda prompt: (500, "no")
+    with pytest.raises(ConnectionError, match="failed 2 times .HTTP 500"):
+        asked.ask("x")
+    for reply in ("<html>", '{"choices": []}', '{"choices": [{"message": {"content": null}}]}'):
+        endpoint.answers = lambda prompt, reply=reply: (200, reply)
+        with pytest.raises(ValueError, match="something else than a chat completion"):
+            asked.ask("x")
+    endpoint.answers = lambda prompt: "none of them"
+    with pytest.raises(ValueError, match="where a list of numbers was asked for"):
+        asked.detect("x", ["a"])
+    with pytest.raises(ConnectionError, match="failed 2 times"):
+        judge.Judge("http://127.0.0.1:9", "m", waits_s=(0,)).ask("x")
+    with pytest.raises(ValueError, match="must start with http"):
+        judge.Judge("ftp://x", "m")
+
+
+def test_a_slow_server_is_given_up(endpoint):
+    waiting = threading.Event()
+    endpoint.answers = lambda prompt: waiting.wait(2) or "late"
+    with pytest.raises(ConnectionError, match="timed out"):
+        judge.Judge(endpoint.url, "m", timeout_s=0.1, waits_s=()).ask("x")
+    waiting.set()
+
+
+def test_agreement_is_of_ranks():
+    given = pd.DataFrame(dict(feature=[0, 1, 2, 9], judge_detection=[0.5, 0.7, 0.9, 1.0]))
+    table = pd.DataFrame(dict(feature=[2, 1, 0], detection=[0.99, 0.6, 0.1]))
+    assert judge.agreement(given, table) == pytest.approx(1)
+    assert np.isnan(judge.agreement(given, table.assign(detection=1.0)))
