@@ -50,7 +50,8 @@ def noisy(seed: int = 3, n: int = 7):
     rows = torch.from_numpy(rows).int()
     keep = rows != 0
     text = heldout.prepare(rows, keep, tokenizer)
-    codes = random.exponential(1, (len(text.t), n)) * (random.random((len(text.t), n)) < 0.1 + 0.4 * (text.t == ids[1])[:, None])
+    chance = 0.1 + 0.4 * (text.t == ids[1])[:, None]
+    codes = random.exponential(1, (len(text.t), n)) * (random.random((len(text.t), n)) < chance)
     codes[:, 0] = np.round(codes[:, 0])  # ties
     codes[:, 1] = 0
     return rows, keep, csc_array(codes.astype(np.float32)), text
@@ -131,7 +132,8 @@ def test_documents_are_split_whole_and_in_half():
 
 
 def test_attributes_know_the_text():
-    lines = ["See `foo_bar` now. Then go", "", "Parameters", "----------", "x1 : int (or None)", "Returns", "    fooBar", ">>> a.b"]
+    lines = ["See `foo_bar` now. Then go", "", "Parameters", "----------", "x1 : int (or None)", "Returns", "    fooBar",
+             ">>> a.b"]
     tokenizer = byte_tokenizer()
     rows = torch.tensor([[0, *tokenizer.encode("\n".join(lines))]])
     text = heldout.prepare(rows, rows != 0, tokenizer)

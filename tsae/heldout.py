@@ -36,9 +36,9 @@ class Text:
     """m held-out positions and the ways in which they can be grouped; all arrays follow the order of the pairs.
 
     t, row, column, document (m,) int64; fit (m,) bool: the half that is fitted on; ids (R, m) int32: the group of each
-    position under each of R rules, named by `names`: the last 1 .. 4 tokens first (of one document; its start counts as a
-    token, nothing before it does), then other tokens, the place in the row, and yes/no attributes; describe(rule, group):
-    that group in words; word(token id): its text.
+    position under each of R rules, named by `names`: the last 1 .. 4 tokens first (of one document; its start counts as
+    a token, nothing before it does), then other tokens, the place in the row, and yes/no attributes; describe(rule,
+    group): that group in words; word(token id): its text.
     """
 
     t: np.ndarray
@@ -89,6 +89,11 @@ def prepare(rows: torch.Tensor, keep: torch.Tensor, tokenizer, seed: int = 0) ->
              "the token and the second before", "the column", *flags]
     ids = np.array([*suffixes, back[0], skip, np.where(column < 8, column, 7 + column // 8), *flags.values()], np.int32)
 
+    seen = {}
+    for rule in (*range(LEVELS), LEVELS + 1):  # where each group of suffixes is seen first
+        seen[rule] = np.zeros(int(ids[rule].max(initial=0)) + 1, np.int64)
+        seen[rule][ids[rule][::-1]] = np.arange(len(t))[::-1]
+
     def describe(rule: int, group: int) -> str:
         if rule >= LEVELS + 3:
             return ("" if group else "not ") + names[rule]
@@ -96,7 +101,7 @@ def prepare(rows: torch.Tensor, keep: torch.Tensor, tokenizer, seed: int = 0) ->
             return f"column {group}" if group < 8 else f"columns {8 * (group - 7)}-{8 * (group - 7) + 7}"
         if rule == LEVELS:
             return repr(words[tokens[group - 1]]) if group else "the start"
-        at = int(np.argmax(ids[rule] == group))
+        at = int(seen[rule][group])
         if rule == LEVELS + 1:
             return f"{repr(words[t[at - 2]]) if back[1][at] else 'the start'} _ {words[t[at]]!r}"
         first = at

@@ -1,8 +1,8 @@
 """A language model as the judge of features, through any OpenAI-compatible endpoint: only when it is asked for.
 
-Nothing here runs unless a `Judge` is made with a url, and only then does text leave this machine. Protocol: detection of
-Paulo et al. 2024, after Bills et al. 2023: explain a feature from contexts of the fit half, then tell held-out firings from
-random positions by that explanation. Documents are quoted as JSON: to the judge they are data.
+Nothing here runs unless a `Judge` is made with a url, and only then does text leave this machine. Protocol: detection
+of Paulo et al. 2024, after Bills et al. 2023: explain a feature from contexts of the fit half, then tell held-out
+firings from random positions by that explanation. Documents are quoted as JSON: to the judge they are data.
 """
 
 import json
@@ -32,8 +32,8 @@ DETECT = ("A feature of a language model is said to fire on: {}\nBelow is a JSON
 class Judge:
     """A chat model at `url` (".../v1" or ".../v1/chat/completions"); `api_key` "" sends none.
 
-    A request that takes over `timeout_s`, or is refused as too many or by a failing server, is tried again after each of
-    `waits_s` seconds.
+    A request that takes over `timeout_s`, or is refused as too many or by a failing server, is tried again after each
+    of `waits_s` seconds.
     """
 
     url: str
@@ -103,8 +103,9 @@ def judged(judge: Judge, codes: csc_array, text: Text, features: list[int], exam
            seed: int = 0) -> pd.DataFrame:
     """Features as a judge sees them: columns feature, judge_explanation, judge_detection.
 
-    Explained by `examples` firings of the fit half, evenly over the ranks of the codes; detection: balanced accuracy over
-    as many held-out firings, chosen alike, and as many random silent positions, shuffled. nan where either half is silent.
+    Explained by `examples` firings of the fit half, evenly over the ranks of the codes; detection: balanced accuracy
+    over as many held-out firings, chosen alike, and as many random silent positions, shuffled. nan where either half is
+    silent.
     """
     p, j, _ = firings(codes)
     random, rows = np.random.default_rng(seed), []
@@ -128,7 +129,8 @@ def judged(judge: Judge, codes: csc_array, text: Text, features: list[int], exam
 
 
 def agreement(given: pd.DataFrame, scores: pd.DataFrame, score: str = "detection") -> float:
-    """Spearman's rank correlation over features of a judge's detection with a built-in score; nan when either is constant."""
+    """Spearman's rank correlation over features of a judge's detection with a built-in score; nan when either is
+    constant."""
     both = given.merge(scores[["feature", score]], on="feature").dropna(subset=["judge_detection", score])
     pair = both[["judge_detection", score]].to_numpy()
     return float(spearmanr(*pair.T).statistic) if len(pair) > 2 and (np.ptp(pair, axis=0) > 0).all() else float("nan")

@@ -1,7 +1,7 @@
 """What features do, how a dictionary and a table are made, and how two kinds of SAE compare over all of their features.
 
-effects: a feature taken out and doubled in the language model; dictionary, probes: signs of splitting and absorption; table:
-the lookup, token by token; compare: two kinds of SAE in views that can disagree, with intervals.
+effects: a feature taken out and doubled in the language model; dictionary, probes: signs of splitting and absorption;
+table: the lookup, token by token; compare: two kinds of SAE in views that can disagree, with intervals.
 """
 
 import numpy as np
@@ -21,13 +21,13 @@ def effects(lm, sae: SAE, layer: int, codes: csc_array, text: Text, rows: torch.
             before: int = 32, top: int = 8, batch: int = 512) -> pd.DataFrame:
     """The change in the next-token distribution when each live feature is ablated or boosted at its own firings.
 
-    `contexts` firings of each feature, evenly over the ranks of its codes (m, n), in text cut to BOS and the `before` tokens
-    up to and with it; there code x decoder row is subtracted from, or once more added to, the residual of that one position
-    at `layer`. One pass gives the clean, ablated and boosted distributions of a batch. `rows` (N, T) are the text's tokens.
-    Columns: feature, contexts; kl_ablate, kl_boost: KL(clean || patched) in nats, means over contexts; promoted,
-    suppressed: the `top` tokens whose probability differs most between boosted and ablated; direct_promoted,
-    direct_suppressed: by direct logit attribution, the decoder row times the unembedding; direct_agreement: correlation
-    over the vocabulary of that attribution with the change in log-probability.
+    `contexts` firings of each feature, evenly over the ranks of its codes (m, n), in text cut to BOS and the `before`
+    tokens up to and with it; there code x decoder row is subtracted from, or once more added to, the residual of that
+    one position at `layer`. One pass gives the clean, ablated and boosted distributions of a batch. `rows` (N, T) are
+    the text's tokens. Columns: feature, contexts; kl_ablate, kl_boost: KL(clean || patched) in nats, means over
+    contexts; promoted, suppressed: the `top` tokens whose probability differs most between boosted and ablated;
+    direct_promoted, direct_suppressed: by direct logit attribution, the decoder row times the unembedding;
+    direct_agreement: correlation over the vocabulary of that attribution with the change in log-probability.
     """
     position, feature, code = firings(codes)
     picked = spread(codes, np.ones(codes.shape[0], bool), contexts)
@@ -93,9 +93,9 @@ def unembedding(lm) -> torch.Tensor:
 def dictionary(sae: SAE, unigrams: torch.Tensor, rank: int = 0, batch: int = 1024) -> pd.DataFrame:
     """How each decoder row lies: columns feature, nearest_feature, nearest_cosine, token_share.
 
-    nearest: the other row with the largest cosine; above 0.9 it is a near-duplicate, a sign of splitting. token_share: the
-    squared norm within the `rank` directions in which `unigrams` (m, d), raw, vary most; rank 0 is d / 4, so that a random
-    row has a share of 1/4 (with more tokens than dimensions their full span is everything).
+    nearest: the other row with the largest cosine; above 0.9 it is a near-duplicate, a sign of splitting. token_share:
+    the squared norm within the `rank` directions in which `unigrams` (m, d), raw, vary most; rank 0 is d / 4, so that a
+    random row has a share of 1/4 (with more tokens than dimensions their full span is everything).
     """
     rank = rank or max(1, sae.d_model // 4)
     W = normalize(sae.W_dec.float(), dim=-1)
@@ -112,7 +112,8 @@ def dictionary(sae: SAE, unigrams: torch.Tensor, rank: int = 0, batch: int = 102
 
 
 def split_tokens(scores: pd.DataFrame, share: float = 0.5) -> pd.Series:
-    """For each row of scores: how many features have this modal token with at least `share` of their mass, 0 if it has not.
+    """For each row of scores: how many features have this modal token with at least `share` of their mass, 0 if it has
+    not.
 
     More than 1 is a sign of splitting: several features for one token.
     """
@@ -123,11 +124,12 @@ def split_tokens(scores: pd.DataFrame, share: float = 0.5) -> pd.Series:
 def probes(codes: csc_array, text: Text, precise: float = 0.9, rare: float = 0.2, least: int = 5) -> pd.DataFrame:
     """Sparse probing of what the text knows without labels: one row an attribute, its best single feature.
 
-    Chosen on the fit half, scored on the other. Columns: attribute, share of positions; auc and its feature (by the code's
-    rank, silence last); f1 and its feature (by firing); specialists: features that fire in at least `precise` of their
-    firings where the attribute holds, and at less than `rare` of those places; absorbed: share of those places where the
-    best feature by F1 is silent and a specialist fires, of all where it is silent; beside: the same where it fires. Absorbed
-    well above beside is a sign of absorption (Chanin et al. 2024). Features with under `least` firings are no specialists.
+    Chosen on the fit half, scored on the other. Columns: attribute, share of positions; auc and its feature (by the
+    code's rank, silence last); f1 and its feature (by firing); specialists: features that fire in at least `precise` of
+    their firings where the attribute holds, and at less than `rare` of those places; absorbed: share of those places
+    where the best feature by F1 is silent and a specialist fires, of all where it is silent; beside: the same where it
+    fires. Absorbed well above beside is a sign of absorption (Chanin et al. 2024). Features with under `least` firings
+    are no specialists.
     """
     flags = text.ids[text.attributes].T.astype(bool)
     auc, hits, fired, true = _probed(codes[text.fit], flags[text.fit])
@@ -150,7 +152,8 @@ def probes(codes: csc_array, text: Text, precise: float = 0.9, rare: float = 0.2
 
 
 def _probed(codes: csc_array, flags: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """AUC (n, a) of codes (m, n) for flags (m, a); firings where they hold (n, a), firings (n,), places where they hold (a,).
+    """AUC (n, a) of codes (m, n) for flags (m, a); firings where they hold (n, a), firings (n,), places where they hold
+    (a,).
 
     AUC by rank sums: the ranks of a feature's firings, less that of its silence, are as sparse as its codes.
     """
@@ -172,10 +175,11 @@ def table(sae: SAE, unigrams: torch.Tensor, x: torch.Tensor, t: torch.Tensor, co
           batch: int = 4096) -> pd.DataFrame:
     """The lookup, one row a token that occurs in the pairs x (m, d) raw, t (m,).
 
-    count: how often it occurs, or `count` (V,), say of the training text; cosine_unigram, ratio_unigram: of its row to its
-    unigram residual (V, d), raw, ratio of norms; cosine_mean, ratio_mean: of what the table predicts alone (row + b_dec) to
-    the token's mean activation in these pairs, the best that any table could predict; nmse_table, nmse: error of the table
-    alone and of the whole SAE; nearest_token, nearest_cosine: the most similar other row of a token that occurs.
+    count: how often it occurs, or `count` (V,), say of the training text; cosine_unigram, ratio_unigram: of its row to
+    its unigram residual (V, d), raw, ratio of norms; cosine_mean, ratio_mean: of what the table predicts alone (row +
+    b_dec) to the token's mean activation in these pairs, the best that any table could predict; nmse_table, nmse: error
+    of the table alone and of the whole SAE; nearest_token, nearest_cosine: the most similar other row of a token that
+    occurs.
     """
     if sae.lookup == "none":
         raise ValueError("this SAE has no lookup table whose quality could be told")
@@ -202,7 +206,8 @@ def table(sae: SAE, unigrams: torch.Tensor, x: torch.Tensor, t: torch.Tensor, co
 
 
 def by_count(quality: pd.DataFrame, base: float = 4.0) -> pd.DataFrame:
-    """Means of a table's quality over tokens in bins of count [base^i, base^(i+1)): columns low, high, tokens, and scores."""
+    """Means of a table's quality over tokens in bins of count [base^i, base^(i+1)): columns low, high, tokens, and
+    scores."""
     bins = np.floor(np.log(np.maximum(quality["count"], 1) + 0.5) / np.log(base)).astype(int)
     means = quality.drop(columns=["token", "nearest_token", "count"]).groupby(bins).mean()
     tokens = quality.groupby(bins).size()
@@ -219,14 +224,15 @@ def compare(scores: pd.DataFrame, measures: list[str], by: str = "table", settin
             least: int = 5, draws: int = 1000, seed: int = 0, level: float = 0.95) -> pd.DataFrame:
     """Two kinds of SAE over all their features: the second value of column `by` less the first, in four views.
 
-    `scores`: one row a feature; columns `by`, seed, frequency, the `measures`, and for the last two views l0, nmse (of the
-    SAE) and `setting`, which tells apart the SAEs of a kind and seed. Views: overall, at setting `at` (the middle one when
-    None); within `bins` equal bins of log frequency there, differences averaged over the bins in which every SAE has at
-    least `least` features; at equal L0 and at equal nmse: mean scores interpolated along each kind's front in log L0 or log
-    nmse, differences averaged over the stretch that both fronts cover. Intervals: `draws` times seeds are drawn, the same
-    for both kinds as they saw the same batches, and features within each of their SAEs; percentiles at `level`. Few seeds
-    make them too narrow (by a third at 3). Columns: measure, view, a column a kind, difference, low, high, says, and
-    verdict, one for all views of a measure. Raises ValueError unless there are two kinds that share seeds.
+    `scores`: one row a feature; columns `by`, seed, frequency, the `measures`, and for the last two views l0, nmse (of
+    the SAE) and `setting`, which tells apart the SAEs of a kind and seed. Views: overall, at setting `at` (the middle
+    one when None); within `bins` equal bins of log frequency there, differences averaged over the bins in which every
+    SAE has at least `least` features; at equal L0 and at equal nmse: mean scores interpolated along each kind's front
+    in log L0 or log nmse, differences averaged over the stretch that both fronts cover. Intervals: `draws` times seeds
+    are drawn, the same for both kinds as they saw the same batches, and features within each of their SAEs; percentiles
+    at `level`. Few seeds make them too narrow (by a third at 3). Columns: measure, view, a column a kind, difference,
+    low, high, says, and verdict, one for all views of a measure. Raises ValueError unless there are two kinds that
+    share seeds.
     """
     kinds = list(scores[by].drop_duplicates())
     if len(kinds) != 2:
@@ -282,7 +288,8 @@ def compare(scores: pd.DataFrame, measures: list[str], by: str = "table", settin
 def _resampled(parts: list[pd.DataFrame], measures: list[str], edges, drawn: np.ndarray, random) -> np.ndarray:
     """Means (draws, bins, measures): over the drawn seeds (draws, slots) of means over features drawn within each.
 
-    Row 0 of `drawn` is not resampled. Weights from a multinomial in place of drawn indices: one product gives all means.
+    Row 0 of `drawn` is not resampled. Weights from a multinomial in place of drawn indices: one product gives all
+    means.
     """
     total = np.zeros((*drawn.shape, len(edges) + 1, len(measures)))
     for one, part in enumerate(parts):
@@ -301,7 +308,8 @@ def _resampled(parts: list[pd.DataFrame], measures: list[str], edges, drawn: np.
 
 
 def _along(fronts: list[np.ndarray], xs: list[np.ndarray], points: int = 17) -> list[np.ndarray] | None:
-    """Means (draws, measures) of fronts (draws, settings, measures) at xs (draws, settings), over the stretch both cover.
+    """Means (draws, measures) of fronts (draws, settings, measures) at xs (draws, settings), over the stretch both
+    cover.
 
     None where they cover none. The stretch is that of row 0, the fronts as they are.
     """

@@ -1,9 +1,9 @@
 """Automatic scores of every feature, from its codes on held-out text: how local, how token-bound, how explicable it is.
 
-One `Text` (see tsae.heldout) is prepared once and shared by all SAEs; one pass of an SAE gives its codes, a sparse (m, n)
-matrix; everything else is sparse arithmetic on the two. What is fitted (predictions, explanations) is fitted on one half of
-the documents and scored on the other. `scored` puts all of it side by side, one row a live feature; `reliability` says how
-far to trust it.
+One `Text` (see tsae.heldout) is prepared once and shared by all SAEs; one pass of an SAE gives its codes, a sparse (m,
+n) matrix; everything else is sparse arithmetic on the two. What is fitted (predictions, explanations) is fitted on one
+half of the documents and scored on the other. `scored` puts all of it side by side, one row a live feature;
+`reliability` says how far to trust it.
 """
 
 from collections.abc import Callable
@@ -47,12 +47,13 @@ def firings(codes: csc_array) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 def ladder(codes: csc_array, text: Text, prior: float = 2.0, negatives: int = 4096, seed: int = 0) -> pd.DataFrame:
     """How well the last n = 1 .. 4 tokens predict each feature, fitted on one half of the text and scored on the other.
 
-    The prediction of a suffix is the mean code of the fit half where the text ends so, shrunk towards the prediction of the
-    suffix one token shorter as if that had been seen `prior` times (of 1, 2, 4, 8 the embedded model's SAEs are predicted best with 2): an unseen suffix falls back to the longest one seen,
-    an unseen token predicts silence. (Shrinking tokens towards the feature's mean instead would change R2 by about its
-    firing frequency times the share of unseen tokens.) Columns, one row a feature: r2_n = 1 - SSE / SST, as it comes, below
-    0 too; auc_n: chance that a firing has a larger predicted probability of firing than a silent position, against
-    `negatives` random positions (0: all); complexity_n = 1 - r2_n in [0, 1] for n = 1, 3. nan for features silent there.
+    The prediction of a suffix is the mean code of the fit half where the text ends so, shrunk towards the prediction of
+    the suffix one token shorter as if that had been seen `prior` times: an unseen suffix falls back to the longest one
+    seen, an unseen token predicts silence. (Of priors 1, 2, 4 and 8, 2 predicts the embedded model's SAEs best at n >
+    1. Shrinking tokens towards the feature's mean instead would change R2 by about its firing frequency times the share
+    of unseen tokens.) Columns, one row a feature: r2_n = 1 - SSE / SST, as it comes, below 0 too; auc_n: chance that a
+    firing has a larger predicted probability of firing than a silent position, against `negatives` random positions (0:
+    all); complexity_n = 1 - r2_n in [0, 1] for n = 1, 3. nan for features silent there.
     """
     n, held, levels = codes.shape[1], ~text.fit, text.ids[:LEVELS]
     p, j, v = firings(codes)
@@ -100,7 +101,8 @@ def ladder(codes: csc_array, text: Text, prior: float = 2.0, negatives: int = 40
 
 
 def _squared(steps: list, weights: np.ndarray, n: int) -> np.ndarray:
-    """Sum over positions of the squared prediction, (n,), without building it: G_n = a G_(n-1) + what is new in level n.
+    """Sum over positions of the squared prediction, (n,), without building it: G_n = a G_(n-1) + what is new in level
+    n.
 
     So the sum over a level's groups is that over its parents, weighted by a^2, plus a term where level n saw firings.
     """
@@ -123,13 +125,14 @@ def _below(chance, j, tested, asked, ends, zeros) -> np.ndarray:
 
 
 def token_statistics(codes: csc_array, text: Text, top: int = 20, seed: int = 0) -> pd.DataFrame:
-    """Over how many tokens each feature fires, and how much a firing says of the token, its firings weighted in four ways.
+    """Over how many tokens each feature fires, and how much a firing says of the token, its firings weighted in four
+    ways.
 
-    peak: the `top` largest codes; drawn: `top` firings drawn evenly, the fair partner of the peak, as `top` firings cannot
-    show more than `top` tokens; firing: all alike; mass: by their code. Columns tokens_*: effective number of tokens, exp of
-    the entropy; modal_share_*: share of the commonest; bits_*: mutual information of firing and token in bits, with the
-    tokens of firings so weighted and the rate of firing as it is, less the bias of few firings (Miller and Madow); told_*:
-    bits over the entropy of firing, 1 where the token tells all. modal_token is by mass.
+    peak: the `top` largest codes; drawn: `top` firings drawn evenly, the fair partner of the peak, as `top` firings
+    cannot show more than `top` tokens; firing: all alike; mass: by their code. Columns tokens_*: effective number of
+    tokens, exp of the entropy; modal_share_*: share of the commonest; bits_*: mutual information of firing and token in
+    bits, with the tokens of firings so weighted and the rate of firing as it is, less the bias of few firings (Miller
+    and Madow); told_*: bits over the entropy of firing, 1 where the token tells all. modal_token is by mass.
     """
     (m, n), (p, j, v) = codes.shape, firings(codes)
     tokens, token = np.unique(text.t, return_inverse=True)
@@ -180,7 +183,8 @@ def _plogp(p: np.ndarray) -> np.ndarray:
 
 
 def spread(codes: csc_array, mask: np.ndarray, each: int) -> np.ndarray:
-    """Up to `each` firings (indices into `firings`) of every feature in a mask (m,), evenly over the ranks of its codes."""
+    """Up to `each` firings (indices into `firings`) of every feature in a mask (m,), evenly over the ranks of its
+    codes."""
     order = strongest(codes)
     order = order[mask[codes.indices[order]]]
     feature = firings(codes)[1][order]
@@ -192,16 +196,16 @@ def spread(codes: csc_array, mask: np.ndarray, each: int) -> np.ndarray:
 def explained(codes: csc_array, text: Text, size: int = 10, examples: int = 50, reach: int = 8) -> pd.DataFrame:
     """The best simple explanation of each feature, found on one half of the text, and how well it does on the other.
 
-    An explanation is up to `size` groups of one of the text's rules ("the token in ..."): those that add most to the share
-    of firings covered less the share of silent positions covered. A group that fired once in the fit half does not count:
-    with that firing left out it would be unknown. Of the rules that come within 0.02 of the best the one with the largest F1
-    is taken, less 0.001 a group, then the first: a token detects its bigrams almost as well as they do, but is less often
-    right.
-    After Bills et al. 2023 and Paulo et al. 2024, with a rule in the place of a language model. Columns: rule, explanation;
-    detection: balanced accuracy on the held-out half, firings against silent positions, all of them (0.5 is chance);
-    detection_mass: the same with firings weighted by their code; precision, recall and rule_f1 there; fuzzing: balanced
-    accuracy in the contexts of firings, `examples` of them evenly over the ranks of the codes, against the silent positions
-    at most `reach` tokens away. nan for features silent in the held-out half.
+    An explanation is up to `size` groups of one of the text's rules ("the token in ..."): those that add most to the
+    share of firings covered less the share of silent positions covered. A group that fired once in the fit half does
+    not count: with that firing left out it would be unknown. Of the rules that come within 0.02 of the best the one
+    with the largest F1 is taken, less 0.001 a group, then the first: a token detects its bigrams almost as well as they
+    do, but is less often right. After Bills et al. 2023 and Paulo et al. 2024, with a rule in the place of a language
+    model. Columns: rule, explanation; detection: balanced accuracy on the held-out half, firings against silent
+    positions, all of them (0.5 is chance); detection_mass: the same with firings weighted by their code; precision,
+    recall and rule_f1 there; fuzzing: balanced accuracy in the contexts of firings, `examples` of them evenly over the
+    ranks of the codes, against the silent positions at most `reach` tokens away. nan for features silent in the
+    held-out half.
     """
     (m, n), (p, j, v) = codes.shape, firings(codes)
     fit, held = text.fit, ~text.fit
@@ -293,8 +297,8 @@ def _sentence(text: Text, rule: int, groups: list[int]) -> str:
 
 
 def scored(codes: csc_array, text: Text) -> pd.DataFrame:
-    """Every score, one row a live feature: feature, firings, frequency (share of positions), peak_code (in units of the SAE's
-    scale), and the columns of `ladder`, `token_statistics` and `explained`."""
+    """Every score, one row a live feature: feature, firings, frequency (share of positions), peak_code (in units of the
+    SAE's scale), and the columns of `ladder`, `token_statistics` and `explained`."""
     fired = np.diff(codes.indptr)
     first = pd.DataFrame(dict(feature=np.arange(len(fired)), firings=fired, frequency=fired / codes.shape[0],
                               peak_code=codes.max(axis=0).toarray().ravel()))
@@ -306,8 +310,8 @@ def reliability(codes: csc_array, text: Text, score: Callable[[csc_array, Text],
                 least: int = 20) -> pd.DataFrame:
     """Test and retest: each score computed on two disjoint halves of the documents; columns score, spearman, features.
 
-    Spearman's rank correlation over the features that fire at least `least` times in both. A half has half of the text: with
-    all of it scores are better than this (Spearman and Brown: 2 r / (1 + r)), given as `corrected`.
+    Spearman's rank correlation over the features that fire at least `least` times in both. A half has half of the text:
+    with all of it scores are better than this (Spearman and Brown: 2 r / (1 + r)), given as `corrected`.
     """
     rows = []
     first = half(text.document, seed)
