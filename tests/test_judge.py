@@ -70,7 +70,8 @@ def test_a_judge_explains_and_detects(endpoint):
     found = judge.judged(judge.Judge(endpoint.url, "some-model", "secret"), codes, text, [0, 1, 2, 3])
     assert found["judge_explanation"][:2].tolist() == ["the letter a", "the letter b"]
     assert found["judge_detection"][:2].tolist() == [1, 1] and found["judge_detection"][2] < 0.9
-    assert np.isnan(found["judge_detection"][3]) and len(endpoint.seen) == 6, "a feature that never fires is not asked about"
+    assert np.isnan(found["judge_detection"][3])
+    assert len(endpoint.seen) == 6, "a feature that never fires is not asked about"
     path, key, body = endpoint.seen[0]
     assert path == "/v1/chat/completions" and key == "Bearer secret" and body["model"] == "some-model"
     assert judge.agreement(found, scores.scored(codes, text)) > 0.8

@@ -240,7 +240,8 @@ def test_intervals_equal_those_of_a_naive_nested_bootstrap():
     low, high = np.quantile(drawn, [0.025, 0.975])
     means = [np.mean([cells[kind, seed].mean() for seed in range(3)]) for kind in ("without", "with")]
     assert found.difference["overall"] == pytest.approx(means[1] - means[0])
-    assert found.low["overall"] == pytest.approx(low, abs=0.01) and found.high["overall"] == pytest.approx(high, abs=0.01)
+    assert found.low["overall"] == pytest.approx(low, abs=0.01)
+    assert found.high["overall"] == pytest.approx(high, abs=0.01)
 
 
 def test_bins_are_those_of_a_loop():

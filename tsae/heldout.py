@@ -10,8 +10,8 @@ import torch
 from tsae.features import where
 
 LEVELS = 4  # the ladder's longest suffix, in tokens
-# What a token can be, by its own text (whole match), and what it can stand in, by the text of its document so far in the row
-# (it overlaps a match, or the match's group where there is one). Patterns end where the thing may still be open.
+# What a token can be, by its own text (whole match), and what it can stand in, by the text of its document in the row:
+# it overlaps a match, or the match's group where there is one. Patterns also match what is still open.
 OF_TOKEN = {
     "a number": r"\s*\d[\d.,]*", "capitalised": r"\s*[A-Z][a-z]+", "upper case": r"\s*[A-Z][A-Z\d_]+",
     "punctuation": r"\s*[^\w\s]+", "white space": r"\s+", "with a line break": r"[^\n]*\n.*", "after a space": r" \S.*",

@@ -21,11 +21,11 @@ from tqdm import tqdm
 from tsae.heldout import Text
 from tsae.scores import firings, spread
 
-EXPLAIN = ("A feature of a language model fires on the tokens marked <<so>> in these excerpts (a JSON list, quoted text, "
-           "no instructions). Say in one short sentence what these tokens or their contexts have in common.\n")
-DETECT = ("A feature of a language model is said to fire on: {}\nBelow is a JSON list of numbered excerpts (quoted text, no "
-          "instructions), each with one token marked <<so>>. On which of the marked tokens does it fire? Answer with a JSON "
-          "list of their numbers only, such as [1, 4].\n")
+EXPLAIN = ("A feature of a language model fires on the tokens marked <<so>> in these excerpts (a JSON list, quoted "
+           "text, no instructions). Say in one short sentence what these tokens or their contexts have in common.\n")
+DETECT = ("A feature of a language model is said to fire on: {}\nBelow is a JSON list of numbered excerpts (quoted "
+          "text, no instructions), each with one token marked <<so>>. On which of the marked tokens does it fire? "
+          "Answer with a JSON list of their numbers only, such as [1, 4].\n")
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,8 @@ class Judge:
         url = self.url.rstrip("/")
         url = url if url.endswith("/chat/completions") else url + "/chat/completions"
         body = dict(model=self.model, temperature=0, messages=[dict(role="user", content=prompt)])
-        head = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {self.api_key}"} if self.api_key else {})
+        head = {"Content-Type": "application/json"}
+        head |= {"Authorization": f"Bearer {self.api_key}"} if self.api_key else {}
         request = urllib.request.Request(url, json.dumps(body).encode(), head)
         for wait in (*self.waits_s, None):
             try:
@@ -77,8 +78,8 @@ class Judge:
         answer = self.ask(DETECT.format(explanation) + json.dumps(numbered))
         found = re.findall(r"\[[\d,\s]*\]", answer)
         if not found:
-            raise ValueError(f"the judge {self.model!r} answered {answer[:200]!r} where a list of numbers was asked for: "
-                             "take a model that follows instructions")
+            raise ValueError(f"the judge {self.model!r} answered {answer[:200]!r} where a list of numbers was asked "
+                             "for: take a model that follows instructions")
         return np.isin(np.arange(1, len(excerpts) + 1), [int(number) for number in re.findall(r"\d+", found[-1])])
 
 

@@ -52,7 +52,8 @@ def _effects(lm, sae, layer, rows, row, column, live, of, code, before, top, bat
             columns = np.c_[np.zeros((len(part), 1), int), column[part, None] + np.arange(1 - size, 1)]
             tokens = rows[torch.from_numpy(row[part, None]), torch.from_numpy(columns)]
             x = lm.residuals(tokens, [layer])[layer]
-            step = (code[part, None].to(x.device) * sae.W_dec[torch.from_numpy(live[of[part]]).to(x.device)]) * sae.scale
+            rows_of = sae.W_dec[torch.from_numpy(live[of[part]]).to(x.device)]
+            step = code[part, None].to(x.device) * rows_of * sae.scale
             steps = torch.cat([torch.zeros_like(step), -step, step])
             logs = lm.next_token_logits(tokens.repeat(3, 1), layer, lambda a, steps=steps: a + steps, x.repeat(3, 1, 1))
             clean, ablated, boosted = logs.log_softmax(-1).cpu().chunk(3)
@@ -64,7 +65,8 @@ def _effects(lm, sae, layer, rows, row, column, live, of, code, before, top, bat
     count = torch.from_numpy(np.bincount(of, minlength=len(live)))
     direct = sae.W_dec[torch.from_numpy(live)].cpu() @ readers.T
     agreement = cosine_similarity(moved[1] - moved[1].mean(-1, keepdim=True), direct, dim=-1)
-    found = dict(feature=live, contexts=count.numpy(), kl_ablate=(kl[0] / count).numpy(), kl_boost=(kl[1] / count).numpy())
+    found = dict(feature=live, contexts=count.numpy(), kl_ablate=(kl[0] / count).numpy(),
+                 kl_boost=(kl[1] / count).numpy())
     for name, by in (("", moved[0]), ("direct_", direct)):
         for sign, kind in ((1, "promoted"), (-1, "suppressed")):
             found[name + kind] = [", ".join(repr(lm.tokenizer.decode([i])) for i in ids)
@@ -118,7 +120,8 @@ def split_tokens(scores: pd.DataFrame, share: float = 0.5) -> pd.Series:
     More than 1 is a sign of splitting: several features for one token.
     """
     owners = scores["modal_share_mass"] >= share
-    return scores["modal_token"].map(scores["modal_token"][owners].value_counts()).where(owners, 0).fillna(0).astype(int)
+    counts = scores["modal_token"][owners].value_counts()
+    return scores["modal_token"].map(counts).where(owners, 0).fillna(0).astype(int)
 
 
 def probes(codes: csc_array, text: Text, precise: float = 0.9, rare: float = 0.2, least: int = 5) -> pd.DataFrame:
@@ -144,8 +147,8 @@ def probes(codes: csc_array, text: Text, precise: float = 0.9, rare: float = 0.2
         where = ~text.fit & flags[:, a]
         some = np.asarray(binary[:, np.flatnonzero(specific)].sum(axis=1)).ravel()[where] > 0
         silent = codes[:, [by_f1]].toarray().ravel()[where] == 0
-        rows.append(dict(attribute=text.names[rule], share=flags[:, a].mean(), auc=auc_held[by_auc, a], auc_feature=by_auc,
-                         f1=f1_held[by_f1, a], f1_feature=by_f1, specialists=int(specific.sum()),
+        rows.append(dict(attribute=text.names[rule], share=flags[:, a].mean(), auc=auc_held[by_auc, a],
+                         auc_feature=by_auc, f1=f1_held[by_f1, a], f1_feature=by_f1, specialists=int(specific.sum()),
                          absorbed=some[silent].mean() if silent.any() else np.nan,
                          beside=some[~silent].mean() if (~silent).any() else np.nan))
     return pd.DataFrame(rows)
@@ -244,7 +247,8 @@ def compare(scores: pd.DataFrame, measures: list[str], by: str = "table", settin
     if not seeds or at not in settings:
         raise ValueError(f"no seed has SAEs of both kinds at every {setting}, or none at {at}: it takes {settings}")
     random = np.random.default_rng(seed)
-    drawn = np.vstack([np.arange(len(seeds)), random.integers(len(seeds), size=(draws, len(seeds)))])  # first: as they are
+    drawn = random.integers(len(seeds), size=(draws + 1, len(seeds)))
+    drawn[0] = np.arange(len(seeds))  # the seeds as they are
     cells = {key: part for key, part in scores.groupby([by, setting, "seed"])}
     logs = np.log10(scores.loc[scores[setting] == at, "frequency"])
     edges = np.linspace(logs.min(), logs.max(), bins + 1)[1:-1]
@@ -272,8 +276,10 @@ def compare(scores: pd.DataFrame, measures: list[str], by: str = "table", settin
         for view, sides in views.items():
             values = [np.nan, np.nan] if sides is None else [side[0, i] for side in sides]
             gap = np.full(2, np.nan) if sides is None else sides[1][1:, i] - sides[0][1:, i]
-            low, high = np.nanquantile(gap, [(1 - level) / 2, (1 + level) / 2]) if np.isfinite(gap).any() else (np.nan,) * 2
-            says = ("not comparable" if np.isnan(low) else "higher" if low > 0 else "lower" if high < 0 else "no difference")
+            ends = [(1 - level) / 2, (1 + level) / 2]
+            low, high = np.nanquantile(gap, ends) if np.isfinite(gap).any() else (np.nan, np.nan)
+            says = "higher" if low > 0 else "lower" if high < 0 else "no difference"
+            says = "not comparable" if np.isnan(low) else says
             rows.append({"measure": measure, "view": view} | dict(zip(kinds, values))
                         | dict(difference=values[1] - values[0], low=low, high=high, says=says))
         told = {row["view"]: row["says"] for row in rows[start:] if row["says"] != "not comparable"}
@@ -296,7 +302,8 @@ def _resampled(parts: list[pd.DataFrame], measures: list[str], edges, drawn: np.
         values = part[measures].to_numpy(float)
         bins = np.eye(len(edges) + 1)[np.digitize(np.log10(part["frequency"]), edges)]
         known = np.isfinite(values)
-        columns = (bins[:, :, None] * np.stack([np.where(known, values, 0), known])[:, :, None]).reshape(2, len(part), -1)
+        columns = np.stack([np.where(known, values, 0), known])[:, :, None]  # what is summed, and how many
+        columns = (bins[:, :, None] * columns).reshape(2, len(part), -1)
         draw, slot = np.nonzero(drawn == one)
         weights = random.multinomial(len(part), np.full(len(part), 1 / len(part)), size=len(draw)).astype(float)
         weights[draw == 0] = 1

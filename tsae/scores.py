@@ -279,7 +279,8 @@ def _isin(values: np.ndarray, ordered: np.ndarray) -> np.ndarray:
     return ordered[np.minimum(np.searchsorted(ordered, values), len(ordered) - 1)] == values
 
 
-def _neighbours(which: np.ndarray, p: np.ndarray, j: np.ndarray, text: Text, reach: int) -> tuple[np.ndarray, np.ndarray]:
+def _neighbours(which: np.ndarray, p: np.ndarray, j: np.ndarray, text: Text,
+                reach: int) -> tuple[np.ndarray, np.ndarray]:
     """Positions at most `reach` tokens from chosen firings, in their rows, and the features whose firings they are."""
     steps = np.r_[-reach:0, 1:reach + 1]
     near, of = (p[which, None] + steps).ravel(), np.repeat(j[which], len(steps))
@@ -318,7 +319,7 @@ def reliability(codes: csc_array, text: Text, score: Callable[[csc_array, Text],
     tables = [score(codes[mask], text.take(mask)).set_index("feature") for mask in (first, ~first)]
     tables = [table[table["firings"] >= least] for table in tables]
     both = tables[0].index.intersection(tables[1].index)
-    for name in tables[0].select_dtypes("number").columns:
+    for name in tables[0].select_dtypes("number").columns.drop("modal_token", errors="ignore"):
         pair = pd.concat([table.loc[both, name] for table in tables], axis=1).dropna().to_numpy()
         flat = len(pair) < 3 or (np.ptp(pair, axis=0) == 0).any()
         rho = np.nan if flat else spearmanr(*pair.T).statistic
