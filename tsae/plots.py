@@ -202,16 +202,6 @@ def thresholds(table: pd.DataFrame, at: float) -> go.Figure:
                    "share of live features")
 
 
-def tokens_by_frequency(table: pd.DataFrame) -> go.Figure:
-    """Columns frequency, measure, table, value, low, high: effective tokens within firing-frequency bins."""
-    figure = px.line(table, x="frequency", y="value", color="table", facet_col="measure", markers=True, log_x=True,
-                     log_y=True, error_y=table["high"] - table["value"], error_y_minus=table["value"] - table["low"],
-                     color_discrete_map=COLOURS)
-    figure.update_xaxes(exponentformat="power", dtick=1)
-    return _titled(_facet_names(figure), "How many tokens a feature stands for, at equal firing frequency",
-                   "firing frequency (share of positions)", "effective number of tokens", width=1060)
-
-
 def cost(table: pd.DataFrame) -> go.Figure:
     """Columns cell, contender, n, d, k, seconds (of tests.bench step --full): time of a training step against its size."""
     axes = {"n": "features", "d": "width d", "k": "active features k"}
@@ -223,3 +213,43 @@ def cost(table: pd.DataFrame) -> go.Figure:
     figure.update_xaxes(matches=None, exponentformat="power", dtick="D1" if len(drawn) < 8 else None)
     return _titled(_facet_names(figure), "A training step against its size (rest at the base size)", "",
                    "milliseconds", width=1060)
+
+
+def ladder(table: pd.DataFrame) -> go.Figure:
+    """Columns n, table, value, low, high: how well the last n tokens predict a feature."""
+    figure = px.line(table, x="n", y="value", color="table", markers=True, color_discrete_map=COLOURS,
+                     error_y=table["high"] - table["value"], error_y_minus=table["value"] - table["low"])
+    figure.update_xaxes(dtick=1).update_yaxes(rangemode="tozero")
+    return _titled(figure, "How many tokens predict a feature", "last n tokens", "R², mean over features, held-out")
+
+
+def complexity_by_frequency(table: pd.DataFrame) -> go.Figure:
+    """Columns frequency, table, value, low, high: complexity within firing-frequency bins."""
+    figure = px.line(table, x="frequency", y="value", color="table", markers=True, log_x=True,
+                     color_discrete_map=COLOURS, error_y=table["high"] - table["value"],
+                     error_y_minus=table["value"] - table["low"])
+    figure.update_xaxes(exponentformat="power", dtick=1).update_yaxes(range=[0, 1.02])
+    return _titled(figure, "Complexity at equal firing frequency", "firing frequency (share of positions)",
+                   "share not explained by the token")
+
+
+def plane(table: pd.DataFrame) -> go.Figure:
+    """Columns architecture, k, table, complexity_1, fuzzing: one point an SAE, means over its features."""
+    drawn = table.assign(k=np.where(table["architecture"].isin(["topk", "batchtopk"]), "k " + table["k"].astype(str), ""))
+    figure = px.scatter(drawn, x="fuzzing", y="complexity_1", color="table", symbol="architecture", symbol_map=MARKERS,
+                        color_discrete_map=COLOURS, hover_data=["k", "seed", "l0"])
+    figure.update_traces(marker_size=11)
+    return _titled(figure, "Complexity and consistency, one point an SAE",
+                   "consistency: a rule finds the firing among its neighbours (balanced accuracy)",
+                   "share not explained by the token")
+
+
+def table_quality(table: pd.DataFrame) -> go.Figure:
+    """Columns low (count in training), cosine_unigram, cosine_mean, ratio_mean, nmse_table, nmse: the table, by count."""
+    names = {"cosine_unigram": "cosine to the unigram residual", "cosine_mean": "cosine to the token's mean",
+             "ratio_mean": "norm over that of the mean", "nmse_table": "nmse, table alone", "nmse": "nmse, whole SAE"}
+    drawn = table.rename(columns=names).melt(["low"], list(names.values()), "measure")
+    drawn["part"] = np.where(drawn["measure"].str.startswith("nmse"), "error", "likeness")
+    figure = px.line(drawn, x="low", y="value", color="measure", facet_col="part", markers=True, log_x=True)
+    figure.update_yaxes(matches=None, showticklabels=True, rangemode="tozero").update_xaxes(exponentformat="power", dtick=1)
+    return _titled(_facet_names(figure), "The table, token by token", "count in the training text", "", width=1060)

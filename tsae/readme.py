@@ -38,7 +38,7 @@ def sweep(results: Path) -> str:
 def headline(results: Path) -> str:
     """One line a result, with the table and the notebook that it comes from."""
     about = store.read_json(results / "manifest.json")
-    size = about["feature_tokens.csv"]["parameters"]["n_features"]
+    size = about["unigram_sensitivity.csv"]["parameters"]["n_features"]
     bar = about["unigram_classes.csv"]["parameters"]["threshold"]
     shares = store.read_table(results / "unigram_sensitivity.csv").rename(columns={"share": "value"})
     shares = shares[(shares["size"] == size) & ((shares["threshold"] - bar).abs() < 1e-9)]
