@@ -11,9 +11,10 @@ import yaml
 from tsae import __main__ as command
 from tsae import readme, store
 
-FLOORS = {"gpu": -2, "kernels": -1, "store": 0, "sae": 0, "lm": 0, "blind": 0, "parallel": 0, "browser": 1, "scores": 1, "quality": 1, "heldout": 1, "checkpoints": 1,
+FLOORS = {"gpu": -2, "kernels": -1, "store": 0, "sae": 0, "lm": 0, "blind": 0, "parallel": 1, "sharded": 1, "judge": 1,
+          "browser": 1, "scores": 1, "quality": 1, "heldout": 1, "checkpoints": 1,
           "activations": 1, "text": 1, "train": 1, "evaluate": 1, "features": 1, "plots": 1, "interop": 1, "readme": 1,
-          "__main__": 2}
+          "__main__": 2, "scaleout": 2}
 NOTEBOOKS = sorted((store.ROOT / "notebooks").glob("*.ipynb"))
 PRESETS = sorted((store.ROOT / "notebooks" / "presets").glob("*.yaml"))
 RESULTS = store.DATA / "results"

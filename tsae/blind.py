@@ -1,15 +1,54 @@
-"""The blind scoring protocol of the paper's Table 1: shuffled, source hidden, scores kept as they are given."""
+"""The blind study of the paper's Table 1: who scores does not know the source, and no score given is lost.
 
+sample -> Study -> form, once for each scorer; then load -> analyse. `power` says beforehand how many features it takes.
+A feature is (source, seed, feature): an architecture, the seed of its SAE, and the feature's number in it.
+"""
+
+import csv
+import hashlib
 import html
+import io
 import os
+import re
+from itertools import combinations
 from pathlib import Path
 
 import ipywidgets as widgets
 import numpy as np
 import pandas as pd
+from scipy import optimize, stats
 
-SCALES = {"interpretability": "1-4 no pattern, 5-7 noisy, 8-10 clear",
-          "complexity": "1-3 unigrams, 4-6 simple patterns, 7-10 complex semantics"}
+SCALES = {"interpretability": {"1-4": "no pattern", "5-7": "a noisy pattern", "8-10": "a clear pattern"},
+          "complexity": {"1-3": "unigrams", "4-6": "simple patterns", "7-10": "complex semantics"}}
+PAPER = {"interpretability": {"RES-JB": 7.7, "tokenized": 7.2, "baseline": 6.8},  # Table 1, means of ten features
+         "complexity": {"RES-JB": 3.5, "tokenized": 6.9, "baseline": 1.5}}
+KEY = ["source", "seed", "feature"]
+COLUMNS = ["step", *KEY, "shown", *SCALES]  # a line of a scorer's csv; `shown` is a digest of the text that was shown
+HEADER = (",".join(COLUMNS) + "\n").encode()
+
+
+def sample(scores: pd.DataFrame, per_source: int, bins: int, seed: int = 0) -> pd.DataFrame:
+    """`per_source` features of every source, equally many in each `bin` of firing frequency; SAE seeds take turns.
+
+    Edges of bins are the sources' mean quantiles of log frequency. What one bin lacks, the others give.
+    """
+    live = scores[scores["frequency"] > 0].sort_values(KEY).reset_index(drop=True)
+    if live.duplicated(KEY).any():
+        raise ValueError(f"a feature is listed twice: one row for each {', '.join(KEY)} was expected")
+    quantiles = np.log(live["frequency"]).groupby(live["source"]).quantile(np.linspace(0, 1, bins + 1))
+    live["bin"] = np.searchsorted(quantiles.unstack().mean()[1:-1], np.log(live["frequency"]))
+    room = live.groupby(["bin", "source"]).size().unstack(fill_value=0).min(axis=1)
+    if room.sum() < per_source:
+        raise ValueError(f"{per_source} features a source were asked for; with equally many of every source in each of "
+                         f"{bins} bins there are {room.sum()}")
+    generator = np.random.default_rng(seed)
+    take = pd.Series(0, generator.permutation(room.index))
+    for _ in range(per_source):  # one more in the emptiest bin that has one left
+        take[take[take < room.reindex(take.index)].idxmin()] += 1
+    mixed = live.sample(frac=1, random_state=generator)
+    mixed = mixed.iloc[mixed.groupby([*KEY[:2], "bin"]).cumcount().argsort(kind="stable")]
+    place = mixed.groupby(["source", "bin"]).cumcount()
+    return mixed[place < mixed["bin"].map(take)].sort_values(KEY).reset_index(drop=True)
 
 
 def table(contexts: pd.DataFrame, title: str = "") -> str:
@@ -18,81 +57,316 @@ def table(contexts: pd.DataFrame, title: str = "") -> str:
         return html.escape(text.replace("\n", "⏎").replace("\t", "→"))
 
     lines = [f"<tr><td style='color:#718096'>{row.code:.1f}</td><td style='text-align:right'>{visible(row.before)}</td>"
-             f"<td><mark>{visible(row.token)}</mark></td><td>{visible(row.after)}</td></tr>" for row in contexts.itertuples()]
+             f"<td><mark>{visible(row.token)}</mark></td><td>{visible(row.after)}</td></tr>"
+             for row in contexts.itertuples()]
     return (f"<b>{html.escape(title)}</b><table style='font-family:monospace;font-size:12px;white-space:pre'>"
             f"{''.join(lines)}</table>")
 
 
-class Study:
-    """Features to score and the scores so far. `contexts` maps (source, feature) to its table of contexts.
+def _whole(name: str, value: int) -> int:
+    if value not in range(1, 11):
+        raise ValueError(f"{name} is {value!r}: a whole number from 1 to 10 was expected")
+    return int(value)
 
-    Scores are appended to the csv at `path`, one line each, and read back from it: a study goes on where it was left.
+
+def _read(path: Path) -> tuple[list[dict], int]:
+    """The scores that stand in a scorer's csv, by step, and the bytes of its whole lines; changes nothing.
+
+    A line without its end was cut off by a crash and does not count. A line without scores takes its step back.
+    """
+    raw = path.read_bytes() if path.is_file() else b""
+    size, standing = raw.rfind(b"\n") + 1, []
+    if not (raw.startswith(HEADER) or HEADER.startswith(raw)):
+        raise ValueError(f"{path} is no file of blind scores: it needs the columns {', '.join(COLUMNS)}")
+    for number, line in enumerate(raw[len(HEADER):size].split(b"\n")[:-1], 2):
+        try:
+            row = dict(zip(COLUMNS, next(csv.reader([line.decode()], strict=True)), strict=True))
+            row |= {name: int(row[name]) for name in ("step", "seed", "feature")}
+            back = not any(row[name] for name in SCALES)
+            if row["step"] != len(standing) - back:
+                raise ValueError(f"step {row['step']} is out of turn")
+            standing[row["step"]:] = [] if back else [row | {name: _whole(name, int(row[name])) for name in SCALES}]
+        except (ValueError, csv.Error) as error:
+            raise ValueError(f"line {number} of {path} is damaged ({error}): mend it or move the file away") from None
+    return standing, size
+
+
+class Study:
+    """One scorer's features in the scorer's own order, and the scores so far in `<folder>/<scorer>.csv`.
+
+    `contexts` maps (source, seed, feature) to the feature's contexts. A share `repeats` of the features comes twice, at
+    least half the study apart. The csv is only appended to, and names the sources: it is for afterwards.
     """
 
-    def __init__(self, contexts: dict[tuple[str, int], pd.DataFrame], path: str | Path, seed: int = 0):
-        self.contexts, self.path = contexts, Path(path)
-        keys = sorted(contexts)
-        self.order = [keys[i] for i in np.random.default_rng(seed).permutation(len(keys))]
-        known = set(self.order)
-        held = pd.read_csv(self.path) if self.path.is_file() else pd.DataFrame(columns=["source", "feature", *SCALES])
-        if not {"source", "feature", *SCALES} <= set(held.columns):
-            raise ValueError(f"{self.path} is no file of blind scores: it needs the columns source, feature, "
-                             f"{', '.join(SCALES)}")
-        self.scores = [row for row in held.to_dict("records") if (row["source"], row["feature"]) in known]
+    def __init__(self, contexts: dict[tuple[str, int, int], pd.DataFrame], folder: str | Path, scorer: str,
+                 seed: int = 0, repeats: float = 0.1):
+        self.scorer = str(scorer).strip().lower()
+        if not re.fullmatch("[a-z0-9][a-z0-9_-]{0,39}", self.scorer):
+            raise ValueError(f"{scorer!r} cannot name a scorer: 1 to 40 of a-z, 0-9, - and _ were expected")
+        if not contexts or not 0 <= repeats <= 0.5 or any(re.search(r"[\r\n]", source) for source, *_ in contexts):
+            raise ValueError("a study needs features, sources named on one line, and a share of repeats from 0 to 0.5")
+        self.path = Path(folder) / f"{self.scorer}.csv"
+        self.contexts = {(source, int(sae), int(feature)): kept for (source, sae, feature), kept in contexts.items()}
+        generator = np.random.default_rng([seed, *self.scorer.encode()])
+        keys, n = sorted(self.contexts), len(contexts)
+        far = max(1, n // 2)
+        places = {float(place): keys[i] for place, i in enumerate(generator.permutation(n))}
+        twice = min(max(1, round(repeats * n)), n - far) if repeats else 0
+        for first in generator.choice(n - far, twice, replace=False):  # again, after at least `far` others
+            places[generator.integers(first + far, n) + generator.uniform(0.1, 0.9)] = places[float(first)]
+        self.order = [places[place] for place in sorted(places)]
+        self.scores, self._size = _read(self.path)
+        for row in self.scores:
+            if row["step"] >= len(self.order) or [row[name] for name in COLUMNS[:5]] != self._fields(row["step"]):
+                raise ValueError(f"step {row['step']} of {self.path} is about another feature, text or order than this "
+                                 "study's: give the study another folder")
+        if self.path.is_file() and self.path.stat().st_size > self._size:
+            os.truncate(self.path, self._size)  # a line cut off by a crash, which never counted
+
+    def _fields(self, step: int) -> list:
+        text = self.contexts[self.order[step]][["before", "token", "after"]].to_csv(index=False, lineterminator="\n")
+        return [step, *self.order[step], hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:12]]
+
+    def _append(self, *scores) -> dict:
+        """A line for the next step, or one that takes the last back; on disk when this returns."""
+        row = dict(zip(COLUMNS, [*self._fields(len(self.scores) - (not any(scores))), *scores]))
+        csv.writer(line := io.StringIO(), lineterminator="\n").writerow(row.values())
+        written = (b"" if self._size else HEADER) + line.getvalue().encode()
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with open(self.path, "ab") as file:
+            if file.tell() != self._size:
+                raise ValueError(f"{self.path} was changed meanwhile, perhaps in a second window: nothing was "
+                                 "recorded. Make the study again to go on")
+            file.write(written)
+            file.flush()
+            os.fsync(file.fileno())
+        if not self._size and os.name == "posix":  # the new file's name too
+            folder = os.open(self.path.parent, os.O_RDONLY)
+            os.fsync(folder), os.close(folder)
+        self._size += len(written)
+        return row
 
     @property
-    def next(self) -> tuple[str, int] | None:
-        """The first feature without a score, or None at the end."""
-        done = {(row["source"], row["feature"]) for row in self.scores}
-        return next((key for key in self.order if key not in done), None)
+    def next(self) -> tuple[str, int, int] | None:
+        """The feature to score now, or None at the end."""
+        return None if self.finished else self.order[len(self.scores)]
 
     @property
     def finished(self) -> bool:
-        return self.next is None
+        return len(self.scores) == len(self.order)
 
     def record(self, interpretability: int, complexity: int) -> None:
         """Score the next feature, each 1 to 10; the line is on disk when this returns."""
-        given = dict(interpretability=interpretability, complexity=complexity)
-        for name, value in given.items():
-            if value not in range(1, 11):
-                raise ValueError(f"{name} is {value!r}: a whole number from 1 to 10 was expected")
-        source, feature = self.next
-        row = dict(source=source, feature=feature, **given)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        first = not self.path.is_file()
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(pd.DataFrame([row]).to_csv(index=False, header=first, lineterminator="\n"))
-            file.flush()
-            os.fsync(file.fileno())
-        self.scores.append(row)
+        if self.finished:
+            raise ValueError("all features are scored")
+        self.scores.append(self._append(_whole("interpretability", interpretability), _whole("complexity", complexity)))
+
+    def undo(self) -> None:
+        """Take the last score back, by a line that says so. Not at the end, when the sources are open."""
+        if not self.scores or self.finished:
+            raise ValueError("the study is finished" if self.scores else "there is no score to take back")
+        self._append("", "")
+        self.scores.pop()
 
     def summary(self) -> pd.DataFrame:
-        """Unblinding: mean scores by source. Raises ValueError while features are unscored."""
+        """Unblinding: mean scores by source, repeats left out. Raises ValueError while features are unscored."""
         if not self.finished:
-            raise ValueError(f"{len(self.scores)} of {len(self.order)} features are scored: finish before unblinding")
-        return pd.DataFrame(self.scores).groupby("source")[list(SCALES)].agg(["mean", "std", "count"])
+            raise ValueError(f"{len(self.scores)} of {len(self.order)} are scored: finish before unblinding")
+        first = pd.DataFrame(self.scores).drop_duplicates(KEY)
+        return first.groupby("source")[list(SCALES)].agg(["mean", "std", "count"])
 
 
 def form(study: Study) -> widgets.VBox:
-    """Contexts of the next feature, a slider for each scale, and a button that records them and goes on."""
-    head, shown = widgets.HTML(), widgets.VBox()
-    sliders = {name: widgets.IntSlider(5, 1, 10, description=name, style={"description_width": "110px"},
-                                       layout={"width": "420px"}) for name in SCALES}
-    button = widgets.Button(description="Record and next", button_style="primary")
+    """The next feature and two rows of buttons. Without a mouse: type both scores and Enter, or u and Enter to undo."""
+    guide = "".join(f"<li><b>{name}</b>: {'; '.join(f'{band} {text}' for band, text in bands.items())}</li>"
+                    for name, bands in SCALES.items())
+    guide = widgets.HTML(f"<ul>{guide}<li>The number before a line is the activation, 10 at the feature's strongest. "
+                         "Some features come twice, to see how steady scores are.</li></ul>")
+    bar, said, shown = widgets.IntProgress(0, 0, len(study.order)), widgets.HTML(), widgets.HTML()
+    rows = {name: widgets.ToggleButtons(options=range(1, 11), value=None, description=name, style={
+        "button_width": "32px", "description_width": "110px"}) for name in SCALES}  # no value yet: nothing to lean on
+    keys = widgets.Text(placeholder="or type, as 8 3, then Enter (u: undo)", layout={"width": "300px"})
+    save = widgets.Button(description="Record and next", button_style="primary")
+    back = widgets.Button(description="Undo the last")
 
-    def refresh() -> None:
-        key = study.next
-        head.value = f"<b>{len(study.scores)} of {len(study.order)} scored</b>"
-        shown.children = [] if key is None else [widgets.HTML(table(study.contexts[key]))]
-        button.disabled = key is None
-        if key is None:
-            head.value += ": done. Run the next cell to see the sources."
+    def refresh(message: str = "") -> None:
+        n, m, key = len(study.scores), len(study.order), study.next
+        bar.value, bar.description = n, f"{n} of {m}"
+        last = "The last one: it cannot be undone." if n == m - 1 else ""
+        said.value = message or ("Done. Run the next cell to see the sources." if key is None else last)
+        kept = None if key is None else study.contexts[key]  # activations relative: their scale could tell the source
+        shown.value = "" if key is None else table(kept.assign(code=10 * kept["code"] / kept["code"].max()))
+        for row in rows.values():
+            row.value, row.disabled = None, key is None
+        keys.value, keys.disabled, back.disabled = "", key is None, key is None or n == 0
+        ready()
 
-    def record(_) -> None:
-        study.record(**{name: slider.value for name, slider in sliders.items()})
-        refresh()
+    def ready(_=None) -> None:
+        save.disabled = study.finished or any(row.value is None for row in rows.values())
 
-    button.on_click(record)
+    def act(what, *given) -> None:
+        try:
+            what(*given)
+        except (ValueError, OSError) as error:
+            said.value = html.escape(str(error))
+        else:
+            refresh("Taken back." if what == study.undo else "")
+
+    def typed(_, content: dict, __) -> None:
+        if content.get("event") != "submit":
+            return
+        if keys.value.strip().lower() == "u":
+            act(study.undo)
+        elif re.fullmatch(r"\s*\d+[\s,;/]+\d+\s*", keys.value):
+            act(study.record, *map(int, re.findall(r"\d+", keys.value)))
+        else:
+            said.value = f"Two numbers from 1 to 10 were expected, {' then '.join(SCALES)}: nothing was recorded."
+
+    for row in rows.values():
+        row.observe(ready, "value")
+    save.on_click(lambda _: act(study.record, *(row.value for row in rows.values())))
+    back.on_click(lambda _: act(study.undo))
+    keys.on_msg(typed)
     refresh()
-    scales = [widgets.HBox([slider, widgets.Label(SCALES[name])]) for name, slider in sliders.items()]
-    return widgets.VBox([head, shown, *scales, button])
+    return widgets.VBox([bar, guide, shown, *rows.values(), widgets.HBox([keys, save, back]), said])
+
+
+def load(folder: str | Path) -> pd.DataFrame:
+    """The scores of every scorer, one row a showing: `scorer`, the csv's columns, and `repeat` for second showings."""
+    scores = pd.DataFrame([dict(scorer=path.stem) | row for path in sorted(Path(folder).glob("*.csv"))
+                           for row in _read(path)[0]], columns=["scorer", *COLUMNS])
+    if (scores.groupby(KEY)["shown"].nunique() > 1).any():
+        raise ValueError(f"{folder}: scorers saw different texts of the same feature, so this is more than one study")
+    return scores.assign(repeat=scores.duplicated(["scorer", *KEY]))
+
+
+def kappa(a: np.ndarray, b: np.ndarray) -> float:
+    """Cohen's kappa with quadratic weights of two scorers (features,); what one left out (nan) is left out."""
+    a, b = (both := np.array([a, b], float))[:, ~np.isnan(both).any(0)]
+    chance = a.var() + b.var() + (a.mean() - b.mean()) ** 2 if len(a) else 0.0  # mean of (a_i - b_j)^2 over all i, j
+    return float(1 - ((a - b) ** 2).mean() / chance) if chance > 0 else float("nan")
+
+
+def alpha(ratings: np.ndarray, metric: str = "ordinal") -> float:
+    """Krippendorff's alpha of ratings (scorers, features), nan where missing; metric nominal, ordinal or interval."""
+    values = np.unique(ratings[~np.isnan(ratings)])
+    counts = (ratings[:, :, None] == values).sum(0)  # (features, values)
+    counts = counts[counts.sum(1) > 1]
+    weights = counts / (counts.sum(1, keepdims=True) - 1)
+    o = weights.T @ counts - np.diag(weights.sum(0))  # coincidences
+    n = o.sum(0)
+    at = n.cumsum() - n / 2 if metric == "ordinal" else values
+    d = (at[:, None] != at) if metric == "nominal" else (at[:, None] - at) ** 2
+    chance = n @ d @ n
+    return float(1 - (n.sum() - 1) * (o * d).sum() / chance) if chance > 0 else float("nan")
+
+
+def _gap(a: np.ndarray, b: np.ndarray, ratings: np.ndarray, weight: np.ndarray | float = 1.0) -> np.ndarray:
+    """Difference of two sources, least squares with a level for each scorer: features weigh a and b (draws, features),
+    scorers `weight` (draws, scorers). Strict and lenient scorers do not pass for a difference, whatever is missing."""
+    held, values = ~np.isnan(ratings).T, np.nan_to_num(ratings).T
+    n_a, n_b = a @ held, b @ held  # (draws, scorers)
+    h = weight * n_a * n_b / np.maximum(n_a + n_b, 1)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return (h * (a @ values / np.maximum(n_a, 1) - b @ values / np.maximum(n_b, 1))).sum(1) / h.sum(1)
+
+
+def compare(ratings: np.ndarray, first: np.ndarray, strata: np.ndarray | None = None, draws: int = 2000, seed: int = 0,
+            level: float = 0.95) -> dict[str, float]:
+    """Mean of the features `first` (bool, (features,)) less that of the others, in ratings (scorers, features).
+
+    The interval is a bootstrap of scorers and features at once (crossed random effects; it errs on the wide side), its
+    tails widened for few features. p permutes the labels of features, within strata. Both speak of these SAEs only; of
+    other scorers the interval speaks as far as there are several, p never.
+    """
+    generator, first, (s, m) = np.random.default_rng(seed), np.asarray(first, bool), ratings.shape
+    seen, few = float(_gap(first[None] * 1.0, ~first[None] * 1.0, ratings)[0]), int(min(first.sum(), (~first).sum()))
+    label, home = np.empty((draws, m)), np.argsort(strata := np.zeros(m) if strata is None else strata, kind="stable")
+    label[:, home] = first[np.argsort(strata + generator.random((draws, m)), axis=1)]
+    p = (1 + (np.abs(_gap(label, 1 - label, ratings)) >= abs(seen) - 1e-9).sum()) / (draws + 1)
+    if few < 2:
+        return dict(difference=seen, low=np.nan, high=np.nan, p=float(p))
+    drawn = np.zeros((draws, m))
+    for side in (first, ~first):
+        drawn[:, side] = generator.multinomial(n := side.sum(), np.full(n, 1 / n), draws)
+    gaps = _gap(drawn * first, drawn * ~first, ratings, generator.multinomial(s, np.full(s, 1 / s), draws))
+    tail = stats.norm.cdf(stats.t.ppf((1 - level) / 2, few - 1) * np.sqrt(few / (few - 1)))
+    low, high = np.nanquantile(gaps, [tail, 1 - tail])
+    return dict(difference=seen, low=float(low), high=float(high), p=float(p))
+
+
+def analyse(scores: pd.DataFrame, draws: int = 2000, seed: int = 0) -> dict[str, pd.DataFrame]:
+    """What `load` gave: agreement of scorers, each with himself on repeats, means, and comparison of all sources.
+
+    A column `bin` (merged from `sample`) keeps the permutations of the comparison within bins of frequency.
+    """
+    if scores.empty:
+        raise ValueError("there are no scores to analyse")
+    once, again, agreement, repeats, comparison = scores[~scores["repeat"]], scores[scores["repeat"]], [], [], []
+    for scale in SCALES:
+        wide = once.pivot(index=KEY, columns="scorer", values=scale)
+        ratings, source = wide.to_numpy(float).T, wide.index.get_level_values("source")
+        bins = once.drop_duplicates(KEY).set_index(KEY)["bin"].reindex(wide.index) if "bin" in once else source == ""
+        strata = pd.factorize(bins)[0]
+        for a, b in combinations(wide, 2):
+            both = int(wide[[a, b]].notna().all(axis=1).sum())
+            agreement.append(dict(scale=scale, measure="weighted kappa", scorers=f"{a}, {b}", features=both,
+                                  value=kappa(wide[a], wide[b])))
+        agreement += [dict(scale=scale, measure=f"alpha, {metric}", scorers="all", value=alpha(ratings, metric),
+                           features=int((wide.notna().sum(axis=1) > 1).sum())) for metric in ("ordinal", "interval")]
+        pairs = again.merge(once, on=["scorer", *KEY])
+        for scorer, pair in [*pairs.groupby("scorer"), *([("all", pairs)] if pairs["scorer"].nunique() > 1 else [])]:
+            a, b = pair[f"{scale}_x"].to_numpy(float), pair[f"{scale}_y"].to_numpy(float)
+            repeats.append(dict(scale=scale, scorer=scorer, repeats=len(a), same=(a == b).mean(),
+                                mean_change=np.abs(a - b).mean(), kappa=kappa(a, b)))
+        for one, other in combinations(sorted(set(source)), 2):
+            of = np.isin(source, [one, other])
+            found = compare(ratings[:, of], source[of] == one, strata[of], draws, seed)
+            comparison.append(dict(scale=scale, source=one, against=other, features=int(of.sum())) | found)
+    means = once.melt(["source", "scorer"], list(SCALES), "scale").groupby(["scale", "source", "scorer"])["value"]
+    return dict(agreement=pd.DataFrame(agreement), repeats=pd.DataFrame(repeats), comparison=pd.DataFrame(comparison),
+                means=means.agg(["mean", "std", "count"]).reset_index())
+
+
+def flattest(mean: float) -> np.ndarray:
+    """Chances of the scores 1 to 10 of largest entropy with this mean: what the paper gives, and nothing else."""
+    def chances(slope: float) -> np.ndarray:
+        weights = np.exp(slope * (np.arange(1, 11) - 5.5))
+        return weights / weights.sum()
+
+    return chances(optimize.brentq(lambda slope: chances(slope) @ np.arange(1, 11) - mean, -30, 30))
+
+
+def power(means: tuple[float, float], features: list[int] | None = None, scorers: int = 1, agreement: float = 0.6,
+          level: float = 0.05, simulations: int = 500, draws: int = 499, seed: int = 0) -> pd.DataFrame:
+    """Chance, and its Monte Carlo error, that the p of `compare` finds two sources of these means different.
+
+    By features a source. Scores spread as `flattest` of their mean; scorers correlate by `agreement` (of normal scores
+    behind theirs) and are all equally strict.
+    """
+    generator = np.random.default_rng(seed)
+    grid = np.unique(features if features else np.geomspace(3, 1000, 30).round().astype(int))
+    given, rows = [], []
+    for mean in means:
+        shape = simulations, grid[-1]
+        behind = (np.sqrt(agreement) * generator.normal(size=(*shape, 1))
+                  + np.sqrt(1 - agreement) * generator.normal(size=(*shape, scorers)))
+        steps = stats.norm.ppf(flattest(mean).cumsum()[:-1])
+        given.append(1.0 + np.searchsorted(steps, behind).mean(-1))
+    for n in grid:  # the first n of the same features: fewer are part of more
+        scores = np.concatenate([side[:, :n] for side in given], 1)
+        signs = generator.permuted(np.repeat([[1.0, -1.0]], n, axis=1).repeat(draws, 0), axis=1)
+        seen = np.abs(scores[:, :n].sum(1) - scores[:, n:].sum(1))
+        p = (1 + (np.abs(scores @ signs.T) >= seen[:, None] - 1e-9).sum(1)) / (draws + 1)
+        found = (p <= level).mean()
+        rows.append(dict(features=int(n), power=found, error=np.sqrt(found * (1 - found) / simulations)))
+    return pd.DataFrame(rows)
+
+
+def enough(curve: pd.DataFrame, target: float = 0.8) -> float:
+    """Features a source from which on the power stays at the target, between two points of its curve; nan if none."""
+    curve = curve.sort_values("features", ignore_index=True)
+    after = curve.index[curve["power"] < target].max() + 1 if (curve["power"] < target).any() else 0
+    around = curve.iloc[max(after - 1, 0):after + 1]
+    crossing = np.interp(target, around["power"], around["features"])
+    return float(np.ceil(crossing)) if after < len(curve) else float("nan")

@@ -1,6 +1,7 @@
 """Checkpoints of a training run: whole or not there at all, the newest whole one found again, a damaged one passed over."""
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -52,15 +53,27 @@ def save(folder: Path, step: int, state: State) -> None:
 
 def newest(folder: Path) -> State | None:
     """The state of the newest checkpoint that is whole, or None; a damaged one is named on stderr and passed over."""
-    for place in reversed(_steps(folder)):
+    return last(folder)[1]
+
+
+def last(folder: Path, upto: float = math.inf) -> tuple[int, State | None]:
+    """Step and state of the newest checkpoint that is whole and not after step `upto`, or -1 and None."""
+    for place in (place for place in reversed(_steps(folder)) if int(place.name) <= upto):
         try:
             held = store.read_json(place / "state.json")
             if (store.digest(place / "tensors.safetensors"), store.key(**held["state"])) != (held["sha256"], held["key"]):
                 raise ValueError("it is not what was written")
-            return _put_together(load_file(place / "tensors.safetensors"), held["state"])
+            return int(place.name), _put_together(load_file(place / "tensors.safetensors"), held["state"])
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             tqdm.write(f"the checkpoint {place} is damaged ({error}): going on from an earlier one", file=sys.stderr)
-    return None
+    return -1, None
+
+
+def drop(folder: Path, after: int) -> None:
+    """Delete the checkpoints after a step."""
+    for place in _steps(folder):
+        if int(place.name) > after:
+            shutil.rmtree(place)
 
 
 def _steps(folder: Path) -> list[Path]:

@@ -1,30 +1,213 @@
-"""Data-parallel training over torch.distributed: every rank holds the SAE and its share of each batch.
+"""Training over several processes with torch.distributed: what the ranks tell each other, and when they wait.
 
-Without a process group all of this is one rank, and nothing is exchanged.
+Every rank has its share of each batch, and `share` replaces gradients by their mean over ranks. Without a process group all
+of this is one rank, and nothing is exchanged.
 """
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
+from tsae import checkpoints
+from tsae.kernels import top
+
+BUCKET = 16 << 20  # gradients sent at once, in entries: few messages, and no second copy of all of them
+WAIT = timedelta(hours=24)  # rank 0 may work on a store of activations for so long; that a rank died is noticed at once
+
+
+def together() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
 
 def world() -> int:
     """Number of ranks."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    return dist.get_world_size() if together() else 1
 
 
-def share(module: nn.Module, fired: torch.Tensor) -> torch.Tensor:
-    """Replace gradients by their mean over ranks, sparse ones kept sparse; returns `fired` (n,) bool of any rank."""
-    if world() == 1:
-        return fired
-    raise NotImplementedError
+def rank() -> int:
+    return dist.get_rank() if together() else 0
+
+
+def main() -> bool:
+    """True on the rank that writes what all ranks have."""
+    return rank() == 0
+
+
+@contextmanager
+def start(device: str = "auto") -> Iterator[str]:
+    """Inside, this process is a rank of the group that torchrun's environment describes, if it does; yields the device.
+
+    Raises ValueError where that environment has gaps or the machine has fewer GPUs than ranks, ConnectionError when another
+    rank has ended.
+    """
+    cuda = device.startswith("cuda") or device == "auto" and torch.cuda.is_available()
+    device = "cuda" if device == "auto" and cuda else "cpu" if device == "auto" else device
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    missing = [name for name in names if name not in os.environ]
+    if "RANK" in missing and "WORLD_SIZE" in missing:
+        yield device
+        return
+    if missing:
+        raise ValueError(f"the environment names a rank but not {', '.join(missing)}: start the command with torchrun")
+    local = int(os.environ["LOCAL_RANK"])
+    if cuda:
+        if local >= torch.cuda.device_count():
+            raise ValueError(f"rank {os.environ['RANK']} is number {local} on a machine with {torch.cuda.device_count()} "
+                             "GPUs: give torchrun a smaller --nproc-per-node")
+        torch.cuda.set_device(local)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=WAIT)
+    failed = True
+    try:
+        yield f"cuda:{local}" if cuda else device
+        failed = False
+    except RuntimeError as error:
+        if "peer" not in str(error):
+            raise
+        raise ConnectionError(f"rank {rank()} lost the connection to another one, whose message says why") from None
+    finally:
+        if not (cuda and failed):  # nccl might wait for the others for ever; torchrun ends this process
+            dist.destroy_process_group()
+
+
+@contextmanager
+def one_first() -> Iterator[None]:
+    """Inside, rank 0 of every machine goes alone, then the others: they find what it made."""
+    first = os.environ.get("LOCAL_RANK", "0") == "0"
+    if not first:
+        any_rank(0)
+    yield
+    if first:
+        any_rank(0)
+
+
+def any_rank(asked: int, device: torch.device | str = "cpu") -> int:
+    """The largest `asked` of any rank, on every rank: true on all when it is on one. All wait here for the last."""
+    if not together():
+        return asked
+    value = torch.tensor(int(asked), device=device)
+    dist.all_reduce(value, dist.ReduceOp.MAX)
+    return int(value)
 
 
 def average(line: dict[str, float]) -> dict[str, float]:
     """Each value averaged over ranks."""
-    return line
+    if not together():
+        return line
+    values = torch.tensor(list(line.values()), dtype=torch.float64)
+    dist.all_reduce(values)
+    return dict(zip(line, (values / world()).tolist()))
 
 
-def any_rank(asked: bool) -> bool:
-    """True on every rank when it is on one."""
-    return asked
+def kth_largest(values: torch.Tensor, k: int) -> torch.Tensor:
+    """The smallest of the k * world largest among all ranks' values, as many on each: SAE.kth_largest for a shared batch."""
+    every = values.view(1, -1)
+    best = every.gather(1, top(every, min(k * world(), every.numel()))).squeeze(0)
+    return gathered(best).topk(k * world(), sorted=False).values.min() if together() else best.min()
+
+
+def gathered(x: torch.Tensor) -> torch.Tensor:
+    """x (b, ...) of all ranks, one after the other: (world * b, ...)."""
+    if not together():
+        return x
+    out = x.new_empty(world() * len(x), *x.shape[1:])
+    dist.all_gather_single(out, x.contiguous())
+    return out
+
+
+@torch.no_grad()
+def share(module: nn.Module, fired: torch.Tensor) -> torch.Tensor:
+    """Replace gradients by their mean over ranks, bit for bit the same on all; returns `fired` (n,) bool of any rank.
+
+    A sparse gradient stays sparse. A rank without a gradient counts as zeros. Parameters in `module.sharded` are this
+    rank's own: so are their gradients, which have the whole batch in them, and `fired`.
+    """
+    if not together():
+        return fired
+    own = getattr(module, "sharded", ())
+    common = []
+    for name, p in module.named_parameters():
+        if p.requires_grad and name not in own:
+            common.append(p)
+        elif p.grad is not None:
+            p.grad /= world()
+    for p in common:
+        if p.grad is not None and p.grad.is_sparse:
+            p.grad = p.grad.coalesce()
+    # What the gradients are on any rank, in the same message as `fired`: 0 none, 1 dense, 2 + rows sparse.
+    kinds = [0 if p.grad is None else 2 + p.grad._nnz() if p.grad.is_sparse else 1 for p in common]
+    told = torch.cat([torch.tensor(kinds, dtype=torch.int32, device=fired.device), fired.int()])
+    dist.all_reduce(told[:len(kinds)] if own else told, dist.ReduceOp.MAX)
+    bucket, size = [], 0
+    for p, kind in zip(common, told[:len(kinds)].tolist()):
+        if kind >= 2:
+            p.grad = _mean_rows(p, kind - 2)
+        elif kind:
+            if bucket and size + p.numel() > BUCKET:
+                _mean(bucket)
+                bucket, size = [], 0
+            bucket, size = [*bucket, p], size + p.numel()
+    if bucket:
+        _mean(bucket)
+    return told[len(kinds):].bool()
+
+
+def _mean(parameters: list[nn.Parameter]) -> None:
+    """Dense gradients, as one message."""
+    parts = [torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in parameters]
+    flat = torch.cat(parts) if len(parts) > 1 else parts[0]
+    dist.all_reduce(flat)
+    flat /= world()
+    for p, part in zip(parameters, flat.split([len(part) for part in parts])):
+        p.grad = part.view_as(p)
+
+
+def _mean_rows(p: nn.Parameter, rows: int) -> torch.Tensor:
+    """The sparse mean of sparse gradients of p (V, d) that have at most `rows` rows on any rank."""
+    index = torch.full((rows,), -1, device=p.device)
+    values = torch.zeros(rows, *p.shape[1:], dtype=p.dtype, device=p.device)
+    if p.grad is not None:
+        index[:p.grad._nnz()], values[:p.grad._nnz()] = p.grad.indices()[0], p.grad.values() / world()
+    index, values = gathered(index), gathered(values)
+    return torch.sparse_coo_tensor(index[index >= 0].unsqueeze(0), values[index >= 0], p.shape,
+                                   check_invariants=False).coalesce()
+
+
+def save(folder: Path, step: int, state: checkpoints.State, sharded: bool = False) -> None:
+    """checkpoints.save for all ranks: rank 0 writes, or where the state is `sharded` each rank in a folder of its own.
+
+    All wait for the last one to be done, so that no rank is ever two checkpoints ahead of another: of the two that each
+    keeps, one is whole on all.
+    """
+    if sharded or main():
+        checkpoints.save(_place(folder, sharded), step, state)
+    any_rank(0)
+
+
+def newest(folder: Path, sharded: bool = False) -> checkpoints.State | None:
+    """The newest state that is whole on all ranks, or None; a rank's newer shards are deleted.
+
+    Raises ValueError where the folder is of another number of shards, or the ranks do not find the same in it.
+    """
+    shards = {int(path.name.rpartition("-")[2]) for path in folder.glob("rank*-of-*")}
+    if shards - {world() if sharded else 0}:
+        raise ValueError(f"the checkpoints in {folder} are of an SAE in {' or '.join(map(str, sorted(shards)))} shards: go "
+                         "on with as many ranks, or choose another folder")
+    place = _place(folder, sharded)
+    step, state = checkpoints.last(place)
+    while (low := -any_rank(-step)) != any_rank(step):
+        if not sharded:
+            raise ValueError(f"the ranks find different checkpoints in {folder}: it must be on a disk that all share")
+        step, state = checkpoints.last(place, low)
+    if sharded:
+        checkpoints.drop(place, step)
+    return state
+
+
+def _place(folder: Path, sharded: bool) -> Path:
+    return folder / f"rank{rank()}-of-{world()}" if sharded else folder

@@ -190,11 +190,16 @@ class SAE(nn.Module):
         codes = relu(pre)
         return codes, (codes @ self.W_dec.norm(dim=-1)).mean(), None
 
+    @staticmethod
+    def kth_largest(values: torch.Tensor, k: int) -> torch.Tensor:
+        """Of all values. Processes that share a batch put a function here that looks at the values of all of them."""
+        every = values.view(1, -1)
+        return every.gather(1, top(every, k)).min()
+
     def _batch_codes(self, pre: torch.Tensor) -> torch.Tensor:
         """The k * b largest of a training batch; in use, everything above a running mean of the smallest kept."""
         if len(pre) and (self.training or self.threshold < 0):
-            every = pre.detach().view(1, -1)
-            threshold = every.gather(1, top(every, self.k * len(pre))).min().clamp_min(0)
+            threshold = self.kth_largest(pre.detach(), self.k * len(pre)).clamp_min(0)
             if self.training:
                 self.threshold.copy_(threshold if self.threshold < 0 else 0.9 * self.threshold + 0.1 * threshold)
             return pre.masked_fill(pre < threshold, 0.0)

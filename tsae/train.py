@@ -93,6 +93,7 @@ class Run:
                  checks: int = 0, log_every_tokens: int = 50_000):
         learning_rate(0.0, schedule, last_lr)  # an unknown schedule is refused here
         self.sae, self.tokens, self.schedule, self.last_lr = sae.train(), tokens, schedule, last_lr
+        sae.kth_largest = parallel.kth_largest  # batchtopk: over the shares of all ranks
         self.sparsity, self.warmup_tokens = sparsity, max(1.0, sparsity_warmup * tokens)
         self.dead_after_tokens, self.aux_weight = dead_after_tokens, aux_weight
         self.check, self.log_every_tokens = check, log_every_tokens
@@ -134,8 +135,8 @@ class Run:
         z = x / self.sae.scale
         line = dict(loss=out["loss"].item(), l0=(out["codes"] > 0).sum().item() / len(x),
                     nmse=((z - out["z_hat"]).square().sum(-1) / z.square().sum(-1)).mean().item())
-        dead = (self.silent >= self.dead_after_tokens).float().mean().item()
-        self.history.append(dict(tokens=self.seen) | parallel.average(line) | dict(dead=dead))
+        line["dead"] = (self.silent >= self.dead_after_tokens).float().mean().item()
+        self.history.append(dict(tokens=self.seen) | parallel.average(line))
         if checking:
             self.due = [point for point in self.due if point > self.seen]
             if self.check:
@@ -162,7 +163,8 @@ def fit_all(runs: list[Run], source: Iterator[Pair], quick: bool = False, folder
             checkpoint_every_s: float = 60.0, label: str = "training") -> list[pd.DataFrame]:
     """Train many SAEs in place on one pass over `source`; returns their histories, one row a log line.
 
-    Small SAEs are trained side by side, one thread each. With `folder`, a checkpoint is written there every
+    Small SAEs are trained side by side, one thread each. In a process group (see `parallel`) every rank makes the same
+    call, with a `source` of its share of each batch. With `folder`, a checkpoint is written there every
     `checkpoint_every_s` seconds and on Ctrl-C or SIGTERM; the same call then goes on from the newest whole one, bit for bit
     (`source` must have state() and restore()). `quick` is for `quick_products`. Raises ValueError when the source ends
     early, FloatingPointError when a loss is not finite.
@@ -170,14 +172,17 @@ def fit_all(runs: list[Run], source: Iterator[Pair], quick: bool = False, folder
     tokens = runs[0].tokens
     if any(run.tokens != tokens for run in runs):
         raise ValueError(f"runs on one pass need one length, got {sorted({run.tokens for run in runs})} tokens")
-    held = checkpoints.newest(folder) if folder else None
+    sharded = any(hasattr(run.sae, "sharded") for run in runs)
+    held = parallel.newest(folder, sharded) if folder else None
     if held:
         source.restore(held["source"])
         for i, run in enumerate(runs):
             run.restore(held["runs"][str(i)])
+    quiet = {} if parallel.main() else dict(disable=True)  # one bar is enough
     saved = time.monotonic()
     with (quick_products(quick), checkpoints.stoppable() as stop, _side_by_side(runs) as each,
-          tqdm(total=tokens, initial=runs[0].seen, desc=label, unit="tok", unit_scale=True, leave=False) as progress):
+          tqdm(total=tokens, initial=runs[0].seen, desc=label, unit="tok", unit_scale=True, leave=False,
+               **quiet) as progress):
         while runs[0].seen < tokens:
             x, t = next(source, (None, None))
             if x is None:
@@ -187,12 +192,14 @@ def fit_all(runs: list[Run], source: Iterator[Pair], quick: bool = False, folder
             for run, out in zip(runs, each(Run.step, runs, repeat(x), repeat(t))):
                 run.log(x, out)
             progress.update(runs[0].seen - progress.n)
-            if folder and parallel.any_rank(bool(stop.signal) or time.monotonic() - saved >= checkpoint_every_s):
-                checkpoints.save(folder, runs[0].seen, dict(
-                    source=source.state(), runs={str(i): run.state() for i, run in enumerate(runs)}))
+            due = bool(folder) and time.monotonic() - saved >= checkpoint_every_s
+            asked = parallel.any_rank(stop.signal or due, runs[0].silent.device)  # 1: a checkpoint; more: a signal
+            if folder and asked:
+                parallel.save(folder, runs[0].seen, dict(
+                    source=source.state(), runs={str(i): run.state() for i, run in enumerate(runs)}), sharded)
                 saved = time.monotonic()
-            if stop.signal:
-                stop.leave()
+            if asked > 1:
+                checkpoints.Stop(asked).leave()
     for run in runs:
         run.sae.eval()
     return [pd.DataFrame(run.history) for run in runs]
@@ -210,7 +217,7 @@ SMALL = 1 << 20  # weights of an encoder below which one thread a run beats all 
 @contextmanager
 def _side_by_side(runs: list[Run]) -> Iterator[Callable]:
     """A `map` for the steps of runs: threads where the runs are small and on a CPU, else one after the other."""
-    cores = torch.get_num_threads()
+    cores = 1 if parallel.together() else torch.get_num_threads()  # ranks must meet over the runs in one order
     if len(runs) == 1 or cores == 1 or any(run.sae.W_enc.is_cuda or run.sae.W_enc.numel() > SMALL for run in runs):
         yield map
         return
@@ -245,11 +252,12 @@ def prepare(lm, rows: torch.Tensor, layer: int, batch: int = 4096, buffer: int =
     unigrams = _cached(folder / f"unigrams-{store.key(**held.identity)}.safetensors", lambda: lm.unigrams(layer))
     stats = {name: value.to(lm.device) for name, value in held.statistics(lm.vocabulary).items()}
     identity = held.identity | dict(batch=batch, rows=_digest(rows), buffer=0 if stored else buffer)
+    dealt = dict(rank=parallel.rank(), world=parallel.world())
     if stored:
         ahead = lm.device.type == "cuda"  # reads while the GPU works
-        return Data(lambda seed: Shuffled(held, batch, seed, ahead), stats, unigrams.to(lm.device), identity)
-    return Data(lambda seed: Streamed(rows, lm.at(layer), lm.keep, batch, buffer, seed), stats, unigrams.to(lm.device),
-                identity)
+        return Data(lambda seed: Shuffled(held, batch, seed, ahead, **dealt), stats, unigrams.to(lm.device), identity)
+    return Data(lambda seed: Streamed(rows, lm.at(layer), lm.keep, batch, buffer, seed, **dealt), stats,
+                unigrams.to(lm.device), identity)
 
 
 def held_out(lm, rows: torch.Tensor, layer: int, store_gb: float = 20.0, folder: Path = store.CACHE / "activations") -> Pair:

@@ -1,0 +1,101 @@
+"""torchrun -m tsae.scaleout: train one SAE on one or many devices, and go on where it was stopped."""
+
+import argparse
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from tsae import lm as lms
+from tsae import parallel, store, text, train
+from tsae.sae import ACTIVATIONS, LOOKUPS
+from tsae.sharded import Sharded
+
+LAYOUT = ("device", "out", "shard_features", "store_gb", "checkpoint_every_s")  # no part of what is trained
+
+
+def parsed(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="torchrun --nproc-per-node DEVICES -m tsae.scaleout", description=__doc__,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument
+    add("--model", required=True, help="a folder in Hugging Face format, or a hub name")
+    add("--corpus", required=True, help="a .txt, .jsonl or .parquet file, a folder of them, or a dataset of the hub")
+    add("--out", type=Path, required=True, help="folder for the SAE, its history and its checkpoints")
+    add("--layer", type=int, default=-1, help="resid_pre; -1 is two thirds of the way up")
+    add("--n-features", type=int, default=24576, help="dictionary size")
+    add("--k", type=int, default=32, help="active features a token, for topk and batchtopk")
+    add("--activation", choices=ACTIVATIONS, default="topk")
+    add("--lookup", choices=LOOKUPS, default="learned")
+    add("--sparsity", type=float, default=0.0, help="weight of the penalty of relu, jumprelu and gated")
+    add("--recipe", choices=train.RECIPES, default="ours", help="how the SAE starts and learns")
+    add("--train-tokens", type=int, default=100_000_000, help="activations that training sees")
+    add("--text-tokens", type=int, default=0, help="tokens of text to read, used again if need be; 0: as --train-tokens")
+    add("--context", type=int, default=256, help="tokens a row, BOS included")
+    add("--batch", type=int, default=4096, help="activations a step, of all devices together")
+    add("--lr", type=float, default=1e-3)
+    add("--dead-after-tokens", type=int, default=10_000_000)
+    add("--seed", type=int, default=0)
+    add("--bos-token", default="", help="the token that starts every row, where the tokenizer names none")
+    add("--device", default="auto", help="auto, cpu or cuda")
+    add("--store-gb", type=float, default=100.0, help="activations are stored on disk when they fit, streamed otherwise")
+    add("--checkpoint-every-s", type=float, default=300.0)
+    add("--shard-features", action="store_true",
+        help="deal the features to the devices (topk only), for a dictionary that is too large for one")
+    return parser.parse_args(arguments)
+
+
+def run(options: argparse.Namespace, device: str) -> None:
+    """Train the SAE of `options` into its folder. Every rank calls it. Raises ValueError for what cannot be trained."""
+    settings = {name: str(value) for name, value in vars(options).items() if name not in LAYOUT}
+    noted = options.out / "settings.json"
+    if noted.is_file() and store.read_json(noted) != settings:
+        raise ValueError(f"{options.out} holds an SAE of other settings (see {noted}): choose another --out")
+    if (options.out / "history.csv").is_file():
+        if parallel.main():
+            print(f"{options.out} holds this SAE already", flush=True)
+        return
+    if options.batch % parallel.world():
+        raise ValueError(f"--batch {options.batch} cannot be dealt to {parallel.world()} ranks: take a multiple")
+    with parallel.one_first():
+        lm = lms.load(options.model, options.bos_token, device)
+        wanted = options.text_tokens or options.train_tokens
+        rows = text.tokens(options.corpus, lm.tokenizer, min(options.context, lm.max_context), wanted, options.context)
+        data = train.prepare(lm, rows["train"], options.layer, options.batch, store_gb=options.store_gb,
+                             folder=store.CACHE / "activations")
+        store.write_json(noted, settings)
+    at_first = data
+    if options.shard_features:  # the whole SAE may be too large for a device
+        at_first = replace(data, unigrams=data.unigrams.cpu(), stats={name: s.cpu() for name, s in data.stats.items()})
+    how = train.RECIPES[options.recipe]
+    sae = train.build(at_first, options.activation, options.n_features, options.k, options.lookup, options.seed, how)
+    sae = Sharded(sae).to(device) if options.shard_features else sae
+    history = train.fit(sae, data.source(options.seed), options.train_tokens, quick=True, folder=options.out / "unfinished",
+                        checkpoint_every_s=options.checkpoint_every_s, lr=options.lr, sparsity=options.sparsity,
+                        table_lr=how["table_lr"] or options.lr, dead_after_tokens=options.dead_after_tokens,
+                        **{name: how[name] for name in ("schedule", "last_lr", "aux_weight")})
+    if options.shard_features or parallel.main():
+        sae.save(options.out)
+    if parallel.main():
+        store.write_table(options.out / "history.csv", history)
+        shutil.rmtree(options.out / "unfinished", ignore_errors=True)
+        print(f"trained on {history.tokens.iloc[-1]} tokens by {parallel.world()} ranks, nmse {history.nmse.iloc[-1]:.3f} at "
+              f"the end; the SAE is in {options.out}", flush=True)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options = parsed(arguments)
+    torch.manual_seed(options.seed)
+    try:
+        with parallel.start(options.device) as device:
+            run(options, device)
+    except (ValueError, OSError, FloatingPointError) as error:
+        raise SystemExit(str(error)) from None
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except KeyboardInterrupt:
+        raise SystemExit("interrupted: the same command goes on from the last checkpoint") from None
