@@ -368,6 +368,12 @@ def test_p_equals_all_permutations_and_stays_within_strata():
     assert np.isnan(blind.compare(np.array([[1.0, 2, 3]]), np.array([1, 0, 0], bool))["low"])
 
 
+def test_sources_that_no_scorer_saw_both_of_are_not_compared():
+    given = np.array([[1.0, 2, 1, np.nan, np.nan, np.nan], [np.nan, np.nan, np.nan, 8, 9, 9]])
+    found = blind.compare(given, np.array([1, 1, 1, 0, 0, 0], bool), draws=50)
+    assert found.pop("p") > 0.5 and np.isnan(list(found.values())).all()
+
+
 def test_analysis_finds_what_was_planted(tmp_path):
     for scorer, shift in (("ada", 0), ("bob", 2)):
         study = blind.Study(contexts(20), tmp_path, scorer, repeats=0.25)

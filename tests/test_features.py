@@ -7,7 +7,7 @@ import torch
 from conftest import byte_tokenizer
 from scipy.sparse import csr_array
 
-from tsae import blind, features
+from tsae import features
 from tsae.sae import SAE
 
 VOCABULARY = 12
@@ -104,50 +104,3 @@ def test_contexts_show_the_activating_token(planted):
     scanned = features.scan(planted, x, rows[0, 1:], 257)
     shown = features.contexts(scanned, 0, rows, places, tokenizer, before=2, after=9)
     assert shown.to_dict("records") == [dict(code=2.0, before="bc", token="X", after="def")]
-
-
-def contexts() -> dict:
-    shown = pd.DataFrame([dict(code=1.0, before="<script>alert(1)</script>", token="a&b", after="\n")])
-    return {(source, feature): shown for source in ("one", "two") for feature in (0, 7)}
-
-
-def test_all_text_is_escaped():
-    page = blind.table(contexts()["one", 0], "<b>title</b>")
-    assert "<script>" not in page and "&lt;script&gt;" in page and "<mark>a&amp;b</mark>" in page and "&lt;b&gt;" in page
-
-
-def test_a_study_is_shuffled_kept_and_opened_at_the_end(tmp_path):
-    path = tmp_path / "scores.csv"
-    study = blind.Study(contexts(), path, seed=3)
-    assert sorted(study.order) == sorted(contexts()) and study.order == blind.Study(contexts(), path, seed=3).order
-    with pytest.raises(ValueError, match="0 of 4 features are scored"):
-        study.summary()
-    with pytest.raises(ValueError, match="from 1 to 10"):
-        study.record(0, 5)
-    study.record(8, 2), study.record(6, 9)
-    again = blind.Study(contexts(), path, seed=3)  # goes on where it was
-    assert len(again.scores) == 2 and again.next == study.order[2]
-    again.record(5, 5), again.record(5, 5)
-    assert again.finished and len(pd.read_csv(path)) == 4
-    means = again.summary()
-    for source in ("one", "two"):
-        given = [score for score in again.scores if score["source"] == source]
-        assert means.loc[source, ("complexity", "mean")] == np.mean([score["complexity"] for score in given])
-
-
-def test_the_form_hides_the_source_and_records_on_click(tmp_path):
-    study = blind.Study(contexts(), tmp_path / "scores.csv")
-    box = blind.form(study)
-    head, shown, first, second, button = box.children
-    for i in range(4):
-        assert f"{i} of 4" in head.value and "one" not in shown.children[0].value
-        first.children[0].value, second.children[0].value = 7, i + 1
-        button.click()
-    assert study.finished and button.disabled and "done" in head.value
-    assert [row["complexity"] for row in study.scores] == [1, 2, 3, 4]
-
-
-def test_a_foreign_csv_is_refused(tmp_path):
-    (tmp_path / "scores.csv").write_text("a,b\n1,2\n")
-    with pytest.raises(ValueError, match="no file of blind scores"):
-        blind.Study(contexts(), tmp_path / "scores.csv")

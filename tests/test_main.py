@@ -14,7 +14,8 @@ from tsae.sae import SAE
 
 SMALL = dict(context=32, n_features=64, k=4, ks="[2,4]", ks_sparser="[1]", ks_batchtopk="[4]", relu_sparsity="[1.0]",
              jumprelu_sparsity="[1.0]", gated_sparsity="[1.0,4.0]", seeds="[0,1]", train_tokens=6000, checks=2,
-             validation_tokens=4000, score_rows=40, feature_rows=60, ce_rows=8, speedup_layers="[1]", layer=2, text_tokens=0,
+             validation_tokens=4000, score_rows=40, ce_rows=8,
+             feature_rows=60, features_to_score=2, speedup_layers="[1]", layer=2, text_tokens=0,
              gram_rows=300, common_grams=30, sizes="[32,64]", fit_rows=40, test_rows=40, suffix_rows=3, lr=0.001, batch=512)
 
 

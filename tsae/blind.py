@@ -283,8 +283,8 @@ def compare(ratings: np.ndarray, first: np.ndarray, strata: np.ndarray | None = 
     seen, few = float(_gap(first[None] * 1.0, ~first[None] * 1.0, ratings)[0]), int(min(first.sum(), (~first).sum()))
     label, home = np.empty((draws, m)), np.argsort(strata := np.zeros(m) if strata is None else strata, kind="stable")
     label[:, home] = first[np.argsort(strata + generator.random((draws, m)), axis=1)]
-    p = (1 + (np.abs(_gap(label, 1 - label, ratings)) >= abs(seen) - 1e-9).sum()) / (draws + 1)
-    if few < 2:
+    p = (1 + (~(np.abs(_gap(label, 1 - label, ratings)) < abs(seen) - 1e-9)).sum()) / (draws + 1)  # nan counts against
+    if few < 2 or np.isnan(seen):
         return dict(difference=seen, low=np.nan, high=np.nan, p=float(p))
     drawn = np.zeros((draws, m))
     for side in (first, ~first):
@@ -296,7 +296,7 @@ def compare(ratings: np.ndarray, first: np.ndarray, strata: np.ndarray | None = 
 
 
 def analyse(scores: pd.DataFrame, draws: int = 2000, seed: int = 0) -> dict[str, pd.DataFrame]:
-    """What `load` gave: agreement of scorers, each with himself on repeats, means, and comparison of all sources.
+    """What `load` gave: agreement of scorers, of each with their own repeats, means, and comparison of sources.
 
     A column `bin` (merged from `sample`) keeps the permutations of the comparison within bins of frequency.
     """

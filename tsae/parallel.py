@@ -1,9 +1,10 @@
 """Training over several processes with torch.distributed: what the ranks tell each other, and when they wait.
 
-Every rank has its share of each batch, and `share` replaces gradients by their mean over ranks. Without a process group all
-of this is one rank, and nothing is exchanged.
+Every rank has its share of each batch, and `share` replaces gradients by their mean over ranks. Without a process group
+all of this is one rank, and nothing is exchanged.
 """
 
+import importlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -43,8 +44,8 @@ def main() -> bool:
 def start(device: str = "auto") -> Iterator[str]:
     """Inside, this process is a rank of the group that torchrun's environment describes, if it does; yields the device.
 
-    Raises ValueError where that environment has gaps or the machine has fewer GPUs than ranks, ConnectionError when another
-    rank has ended.
+    Raises ValueError where that environment has gaps or the machine has fewer GPUs than ranks, ConnectionError when
+    another rank has ended.
     """
     cuda = device.startswith("cuda") or device == "auto" and torch.cuda.is_available()
     device = "cuda" if device == "auto" and cuda else "cpu" if device == "auto" else device
@@ -58,9 +59,11 @@ def start(device: str = "auto") -> Iterator[str]:
     local = int(os.environ["LOCAL_RANK"])
     if cuda:
         if local >= torch.cuda.device_count():
-            raise ValueError(f"rank {os.environ['RANK']} is number {local} on a machine with {torch.cuda.device_count()} "
-                             "GPUs: give torchrun a smaller --nproc-per-node")
+            raise ValueError(f"rank {os.environ['RANK']} is number {local} on a machine with "
+                             f"{torch.cuda.device_count()} GPUs: give torchrun a smaller --nproc-per-node")
         torch.cuda.set_device(local)
+    # The first optimiser imports this; if a group exists by then, it is held to the end, where gloo's threads abort.
+    importlib.import_module("torch._dynamo")
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=WAIT)
     failed = True
     try:
@@ -105,7 +108,7 @@ def average(line: dict[str, float]) -> dict[str, float]:
 
 
 def kth_largest(values: torch.Tensor, k: int) -> torch.Tensor:
-    """The smallest of the k * world largest among all ranks' values, as many on each: SAE.kth_largest for a shared batch."""
+    """The smallest of the k * world largest among all ranks' values, as many on each: SAE.kth_largest for shares."""
     every = values.view(1, -1)
     best = every.gather(1, top(every, min(k * world(), every.numel()))).squeeze(0)
     return gathered(best).topk(k * world(), sorted=False).values.min() if together() else best.min()
@@ -196,8 +199,8 @@ def newest(folder: Path, sharded: bool = False) -> checkpoints.State | None:
     """
     shards = {int(path.name.rpartition("-")[2]) for path in folder.glob("rank*-of-*")}
     if shards - {world() if sharded else 0}:
-        raise ValueError(f"the checkpoints in {folder} are of an SAE in {' or '.join(map(str, sorted(shards)))} shards: go "
-                         "on with as many ranks, or choose another folder")
+        raise ValueError(f"the checkpoints in {folder} are of an SAE in {' or '.join(map(str, sorted(shards)))} shards: "
+                         "go on with as many ranks, or choose another folder")
     place = _place(folder, sharded)
     step, state = checkpoints.last(place)
     while (low := -any_rank(-step)) != any_rank(step):

@@ -33,16 +33,16 @@ class _JumpReLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx, pre, log_theta, bandwidth):
         theta = log_theta.exp()
-        codes = relu(pre) * (pre > theta)
-        ctx.save_for_backward(codes, (pre - theta).abs_() < bandwidth / 2, theta)
+        codes = pre.masked_fill(pre <= theta, 0.0)  # theta is positive: what is above it needs no ReLU
+        ctx.save_for_backward(codes, (pre - theta).abs_() >= bandwidth / 2, theta)
         ctx.bandwidth = bandwidth
-        return codes, (codes > 0).sum() / len(pre)
+        return codes, torch.count_nonzero(codes) / len(pre)
 
     @staticmethod
     def backward(ctx, g, g_l0):
-        codes, near, theta = ctx.saved_tensors
-        g_theta = -(theta * (g * near).sum(0) + g_l0 / len(codes) * near.sum(0)) / ctx.bandwidth
-        return g * (codes > 0), g_theta * theta, None
+        codes, far, theta = ctx.saved_tensors
+        pull = torch.add(g_l0 / len(codes), g * theta).masked_fill_(far, 0.0).sum(0)
+        return g.masked_fill(codes <= 0, 0.0), -pull * theta / ctx.bandwidth, None
 
 
 class _Gated(torch.autograd.Function):

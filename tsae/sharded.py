@@ -15,16 +15,16 @@ from tsae.sae import SAE
 class Sharded(SAE):
     """A topk SAE of which this rank holds `n` = whole.n / world features; b_dec and the table are on all ranks.
 
-    Every rank brings its share of the batch, as in data-parallel training, and meets all shares with its features. Trained
-    by `train.fit` it learns what the whole SAE would; for anything but training, and `self(x, t)`, take `whole()`.
+    Every rank brings its share of the batch, as in data-parallel training, and meets all shares with its features.
+    Trained by `train.fit` it learns what the whole SAE would; for anything else but `self(x, t)` take `whole()`.
     """
 
     sharded = ("W_enc", "b_enc", "W_dec")
 
     def __init__(self, whole: SAE):
         if whole.activation != "topk" or whole.n % world():
-            raise ValueError(f"a {whole.activation} SAE of {whole.n} features cannot be dealt to {world()} ranks: it must be a "
-                             "topk SAE, and its number of features a multiple of the ranks")
+            raise ValueError(f"a {whole.activation} SAE of {whole.n} features cannot be dealt to {world()} ranks: it must "
+                             "be a topk SAE, and its number of features a multiple of the ranks")
         nn.Module.__init__(self)
         self.config = whole.config | dict(n=whole.n // world())
         self.__dict__.update(self.config)
@@ -71,7 +71,7 @@ class Sharded(SAE):
 
     def loss(self, x: torch.Tensor, t: torch.Tensor | None = None, sparsity: float = 0.0,
              dead: torch.Tensor | None = None, aux_weight: float = 1 / 32) -> dict[str, torch.Tensor]:
-        """As SAE.loss, of this rank's share of the batch; fired (n,) and codes are those of its features, for the whole."""
+        """SAE.loss of this rank's share of the batch; fired (n,) and codes are those of its features, for the whole."""
         z = x / self.scale
         seen = _Gather.apply(self.encoder_input(z, t))
         codes, support = self._selected(seen)
@@ -89,7 +89,7 @@ class Sharded(SAE):
         return dict(loss=loss, z_hat=z_hat.detach(), fired=fired, codes=codes.detach())
 
     def _explained(self, z: torch.Tensor, dead: torch.Tensor, counts: list[int]) -> torch.Tensor:
-        """What the d_model / 2 strongest dead features of all ranks add up to (world * b, d): the part of this rank's."""
+        """This rank's part of what the d_model / 2 strongest dead features of all ranks add up to (world * b, d)."""
         k = min(max(1, self.d_model // 2), sum(counts))
         W, bias, rows = self.W_enc[dead], self.b_enc[dead], self.W_dec[dead]
         columns, own = min(k, max(counts)), min(k, len(W))
@@ -102,7 +102,7 @@ class Sharded(SAE):
 
 
 def _strongest(values: torch.Tensor, k: int) -> torch.Tensor:
-    """1.0 where values (world * b, c) are among the k largest of all ranks' at their position, exactly k of them; else 0.0.
+    """1.0 where values (world * b, c) are among the k largest of all ranks' at their position, exactly k; else 0.0.
 
     Each rank decides for the b positions that it brought: it is sent the others' values there, and answers.
     """

@@ -1,6 +1,7 @@
 """Documents to packed token rows: BOS first, no padding, split into training and validation by document."""
 
 import ast
+import gc
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -53,7 +54,7 @@ def docstrings(packages: Iterable[str] = PACKAGES, fresh_share: float = 0.5) -> 
     if cached.is_file():
         return store.read_json(cached)["documents"]
     files = [str(path) for name in packages for path in sorted(_folder(name).rglob("*.py"))]
-    with ProcessPoolExecutor() as pool:
+    with ProcessPoolExecutor(initializer=gc.disable) as pool:  # it would go through every syntax tree, and free none
         found = pool.map(_docstrings_of, files, chunksize=32)
         found = list(chain.from_iterable(tqdm(found, "reading docstrings", len(files), unit="file", leave=False)))
     documents, seen = [], set()
@@ -247,7 +248,14 @@ def _cut(stream: array, bos: int, context: int, wanted: int, name: str) -> torch
 
 def tokens(corpus: str, tokenizer, context: int, train_tokens: int, validation_tokens: int,
            validation_share: float = 0.05, split: str = "train", column: str = "text") -> dict[str, torch.Tensor]:
-    """`pack(documents(corpus), ...)`, kept on disk: the second call with the same arguments reads no document."""
+    """`pack(documents(corpus), ...)`, kept on disk: the second call with the same arguments reads no document.
+
+    Without `train_tokens` all of the text is read, and kept once for every `validation_tokens`.
+    """
+    if validation_tokens and not train_tokens:
+        rows = tokens(corpus, tokenizer, context, 0, 0, validation_share, split, column)
+        _say_short(corpus, rows, validation=validation_tokens)
+        return rows | dict(validation=rows["validation"][:-(-validation_tokens // context)])
     path = Path(corpus).expanduser()
     files = sorted(path.rglob("*")) if path.is_dir() else [path]
     stamp = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.is_file()]
@@ -261,10 +269,14 @@ def tokens(corpus: str, tokenizer, context: int, train_tokens: int, validation_t
     if cached.is_file():
         return load_file(cached)
     rows = pack(documents(corpus, split, column), tokenizer, context, train_tokens, validation_tokens, validation_share)
-    for name, wanted in (("train", train_tokens), ("validation", validation_tokens)):
-        if rows[name].numel() < wanted:
-            tqdm.write(f"the corpus {corpus!r} has {rows[name].numel()} {name} tokens of the {wanted} asked for: it is used "
-                       "whole", file=sys.stderr)
+    _say_short(corpus, rows, train=train_tokens, validation=validation_tokens)
     with store.replacing(cached) as temporary:
         save_file(rows, temporary)
     return rows
+
+
+def _say_short(corpus: str, rows: dict[str, torch.Tensor], **wanted: int) -> None:
+    for name, tokens in wanted.items():
+        if rows[name].numel() < tokens:
+            tqdm.write(f"the corpus {corpus!r} has {rows[name].numel()} {name} tokens of the {tokens} asked for: it is used "
+                       "whole", file=sys.stderr)
