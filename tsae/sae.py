@@ -18,12 +18,22 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
-from torch.nn.functional import embedding, mse_loss, relu
+from torch.nn.functional import embedding, mse_loss, relu, threshold
 
 from tsae.kernels import Support, decoded, preactivations, select_top, sum_rows, sum_to_features, top
 
 ACTIVATIONS = ("relu", "topk", "batchtopk", "jumprelu", "gated")
 LOOKUPS = ("none", "frozen", "learned")
+
+
+def where_positive(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """x where y > 0, else 0. In one vectorised pass, which masks and torch.where take several times as long for."""
+    return torch.ops.aten.threshold_backward(x, y, 0.0)
+
+
+def threshold_at(x: torch.Tensor, least: torch.Tensor) -> torch.Tensor:
+    """x where it is `least` or more, else 0."""
+    return threshold(x, torch.nextafter(least, least.new_tensor(-math.inf)).item(), 0.0)
 
 
 class _JumpReLU(torch.autograd.Function):
@@ -33,16 +43,17 @@ class _JumpReLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx, pre, log_theta, bandwidth):
         theta = log_theta.exp()
-        codes = pre.masked_fill(pre <= theta, 0.0)  # theta is positive: what is above it needs no ReLU
-        ctx.save_for_backward(codes, (pre - theta).abs_() >= bandwidth / 2, theta)
+        above = pre - theta
+        codes = where_positive(pre, above)  # theta is positive: what is above it needs no ReLU
+        ctx.save_for_backward(codes, above.abs_().neg_().add_(bandwidth / 2), theta)
         ctx.bandwidth = bandwidth
         return codes, torch.count_nonzero(codes) / len(pre)
 
     @staticmethod
     def backward(ctx, g, g_l0):
-        codes, far, theta = ctx.saved_tensors
-        pull = torch.add(g_l0 / len(codes), g * theta).masked_fill_(far, 0.0).sum(0)
-        return g.masked_fill(codes <= 0, 0.0), -pull * theta / ctx.bandwidth, None
+        codes, inside, theta = ctx.saved_tensors
+        pull = where_positive(torch.addcmul(g_l0 / len(codes), g, theta), inside).sum(0)
+        return where_positive(g, codes), -pull * theta / ctx.bandwidth, None
 
 
 class _Gated(torch.autograd.Function):
@@ -52,16 +63,16 @@ class _Gated(torch.autograd.Function):
     @staticmethod
     def forward(ctx, pre, b_enc, r_mag, b_mag):
         gain, gates = r_mag.exp(), relu(pre)
-        codes = torch.addcmul(b_mag - b_enc * gain, pre, gain).relu_().masked_fill_(pre <= 0, 0.0)
+        codes = where_positive(torch.addcmul(b_mag - b_enc * gain, pre, gain).relu_(), gates)
         ctx.save_for_backward(codes, gates, b_enc, gain)
         return codes, gates
 
     @staticmethod
     def backward(ctx, g, g_gates):
         codes, gates, b_enc, gain = ctx.saved_tensors
-        g = g.masked_fill(codes <= 0, 0.0)
+        g = where_positive(g, codes)
         total = g.sum(0)
-        g_pre = torch.addcmul(g_gates.masked_fill(gates <= 0, 0.0), g, gain)
+        g_pre = torch.addcmul(where_positive(g_gates, gates), g, gain)
         return g_pre, -total * gain, ((g * gates).sum(0) - total * b_enc) * gain, total
 
 
@@ -199,11 +210,11 @@ class SAE(nn.Module):
     def _batch_codes(self, pre: torch.Tensor) -> torch.Tensor:
         """The k * b largest of a training batch; in use, everything above a running mean of the smallest kept."""
         if len(pre) and (self.training or self.threshold < 0):
-            threshold = self.kth_largest(pre.detach(), self.k * len(pre)).clamp_min(0)
+            least = self.kth_largest(pre.detach(), self.k * len(pre)).clamp_min(0)
             if self.training:
-                self.threshold.copy_(threshold if self.threshold < 0 else 0.9 * self.threshold + 0.1 * threshold)
-            return pre.masked_fill(pre < threshold, 0.0)
-        return pre.masked_fill(pre < self.threshold, 0.0)
+                self.threshold.copy_(least if self.threshold < 0 else 0.9 * self.threshold + 0.1 * least)
+            return threshold_at(pre, least)
+        return threshold_at(pre, self.threshold)
 
     def loss(self, x: torch.Tensor, t: torch.Tensor | None = None, sparsity: float = 0.0,
              dead: torch.Tensor | None = None, aux_weight: float = 1 / 32) -> dict[str, torch.Tensor]:
