@@ -77,6 +77,7 @@ def dealt() -> Shuffled:
 def build(activation="topk", **settings) -> SAE:
     sae = SAE(D, N, activation, 3, V, scale=1.5, **settings)
     sae.start(torch.full((D,), 0.1), torch.randn(V, D, generator=torch.Generator().manual_seed(2)), seed=1)
+    sae.W_enc.data[::2] *= 0.05  # too weak to be chosen: more dead features than AuxK takes
     if activation == "jumprelu":
         sae.log_threshold.data.fill_(-0.5)
     return sae.double()
@@ -131,7 +132,7 @@ def test_two_ranks_learn_what_one_does(name, folder, alone):
         assert torch.allclose(weights[key], value, rtol=1e-6, atol=1e-7), key
     assert wanted.loss.iloc[-1] < 0.9 * wanted.loss.iloc[0]
     if "topk" in sae.activation:
-        assert wanted.dead.iloc[3:].gt(0).any()  # AuxK was at work
+        assert wanted.dead.max() * N > D // 2  # AuxK was at work, and had to choose
     other = folder / "2" / name / "1"
     assert all(torch.equal(value, weights[key]) for key, value in load_file(other / "own.safetensors").items())
     assert history(other).equals(found)
