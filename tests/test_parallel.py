@@ -222,6 +222,28 @@ def test_what_cannot_be_sharded_gets_a_sentence(tmp_path, monkeypatch):
         pass
 
 
+def uneven(folder: Path) -> None:
+    """Rank 0 was killed after its third checkpoint, rank 1 before; then the same where both should read one folder."""
+    rank, heard = parallel.rank(), []
+    for step in (10, 20):
+        parallel.save(folder / "c", step, dict(seen=step), sharded=True)
+    if parallel.main():
+        checkpoints.save(folder / "c/rank0-of-2", 30, dict(seen=30))
+    heard.append(parallel.newest(folder / "c", sharded=True)["seen"])
+    heard.append(checkpoints.last(folder / f"c/rank{rank}-of-2")[0])
+    checkpoints.save(folder / f"own{rank}", 10 + rank, dict(seen=10))
+    try:
+        parallel.newest(folder / f"own{rank}")
+    except ValueError as error:
+        heard.append("all share" in str(error))
+    (folder / f"rank{rank}").write_text(str(heard))
+
+
+def test_the_newest_checkpoint_is_one_that_all_have(tmp_path):
+    run(2, uneven, tmp_path)
+    assert [(tmp_path / f"rank{rank}").read_text() for rank in range(2)] == ["[20, 20, True]"] * 2
+
+
 def test_one_process_needs_no_group(tmp_path):
     with parallel.start("cpu") as device:
         assert (device, parallel.world(), parallel.main(), parallel.any_rank(3)) == ("cpu", 1, True, 3)

@@ -206,7 +206,7 @@ def newest(folder: Path, sharded: bool = False) -> checkpoints.State | None:
     while (low := -any_rank(-step)) != any_rank(step):
         if not sharded:
             raise ValueError(f"the ranks find different checkpoints in {folder}: it must be on a disk that all share")
-        break
+        step, state = checkpoints.last(place, low)
     if sharded:
         checkpoints.drop(place, step)
     return state
