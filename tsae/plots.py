@@ -240,7 +240,7 @@ def plane(table: pd.DataFrame) -> go.Figure:
                         color_discrete_map=COLOURS, hover_data=["k", "seed", "l0"])
     figure.update_traces(marker_size=11)
     return _titled(figure, "Complexity and consistency, one point an SAE",
-                   "consistency: a rule finds the firing among its neighbours (balanced accuracy)",
+                   "a simple rule finds the firing (balanced accuracy)",
                    "share not explained by the token")
 
 
