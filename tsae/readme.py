@@ -86,16 +86,18 @@ def cost(results: Path) -> str:
 
 def engine(results: Path) -> str:
     """The other parts of the benchmark: extraction, the store, a sweep's memory."""
-    extraction, storing, sweep = (store.read_table(results / f"bench_{name}.csv") for name in
-                                  ("extraction", "storing", "sweep"))
+    def rows_of(part: str):
+        path = results / f"bench_{part}.csv"
+        return store.read_table(path).itertuples() if path.is_file() else ()
+
     rows = [{"measured": f"residuals of {row.model}, layer {row.layer}, against a bare forward truncated there",
-             "value": f"{row.to_bare:.2f} x"} for row in extraction[extraction["contender"] == "tsae"].itertuples()]
+             "value": f"{row.to_bare:.2f} x"} for row in rows_of("extraction") if row.contender == "tsae"]
     rows += [{"measured": f"activation store, {row.what} of {row.positions} rows of {row.d}, against one plain file",
               "value": f"{row.to_plain:.2f} x, {row.gb_per_second:.2g} GB/s"}
-             for row in storing[storing["contender"] == "store"].itertuples()]
+             for row in rows_of("storing") if row.contender == "store"]
     rows += [{"measured": f"peak memory of a sweep: {row.saes} SAEs, d {row.d}, {row.n} features, {row.tokens} tokens each, "
               f"from a store of {row.positions} rows", "value": f"{row.peak_gb:.2f} GB in {row.seconds:.0f} s"}
-             for row in sweep.itertuples()]
+             for row in rows_of("sweep")]
     return markdown(rows)
 
 
