@@ -300,7 +300,7 @@ def train_sweep(folder: Path, held, jobs: list[dict], vocabulary: int) -> None:
     from tsae import activations, train
     data = train.Data(lambda seed: activations.Shuffled(held, 2048, seed), held.statistics(vocabulary),
                       torch.zeros(vocabulary, held.d_model), dict(batch=2048))
-    train.sweep(folder, data, jobs, memory_gb=2.0)
+    train.sweep(folder, data, jobs, memory_gb=1.0)
 
 
 def sweep(options: argparse.Namespace) -> pd.DataFrame:
