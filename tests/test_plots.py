@@ -1,10 +1,15 @@
 """Every figure is drawn from the committed tables; a picture is made where a Chrome is at hand."""
 
+import asyncio
 import json
+import os
+import subprocess
+import sys
 
 import pandas as pd
 import plotly.graph_objects as go
 import pytest
+from choreographer.browsers.chromium import Chromium
 
 from tsae import plots
 
@@ -39,9 +44,24 @@ def test_show_writes_the_page_and_leaves_a_bundle(tmp_path, monkeypatch):
     assert json.dumps(shown[0]["application/vnd.plotly.v1+json"]) and shown[0]["image/png"] == b"png"
 
 
-def test_no_chrome_costs_the_picture_only(tmp_path, monkeypatch):
-    monkeypatch.setattr(go.Figure, "to_image", lambda *_, **__: (_ for _ in ()).throw(RuntimeError("no Chrome")))
-    shown = []
-    monkeypatch.setattr(plots, "display", lambda bundle, raw: shown.append(bundle))
-    plots.show(go.Figure(), tmp_path / "one")
-    assert "image/png" not in shown[0] and (tmp_path / "one.html").is_file() and not (tmp_path / "one.png").exists()
+@pytest.mark.parametrize("browser", ["no/such/browser", sys.executable], ids=["missing", "not a browser"])
+def test_no_chrome_costs_the_picture_only(tmp_path, monkeypatch, browser):
+    """In a process of its own, with the real kaleido: it must neither raise nor wait."""
+    code = "import plotly.graph_objects as go; from tsae import plots; print(plots.show(go.Figure(), 'one'), plots.picture(go.Figure()))"
+    told = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=os.environ | dict(TSAE_PNG="1", BROWSER_PATH=browser),
+                          capture_output=True, text=True, timeout=120)
+    assert told.returncode == 0 and told.stdout.endswith("None None\n"), told.stderr
+    assert (tmp_path / "one.html").is_file() and not (tmp_path / "one.png").exists()
+
+
+@pytest.mark.skipif(Chromium.find_browser(skip_local=False) is None, reason="no Chrome here")
+def test_a_chrome_draws_the_picture(monkeypatch):
+    monkeypatch.setenv("TSAE_PNG", "1")
+    assert plots.picture(go.Figure(layout=dict(width=100, height=80))).startswith(b"\x89PNG")
+
+
+def test_a_browser_that_does_not_answer_is_asked_once(monkeypatch):
+    painter = plots._Painter.__new__(plots._Painter)
+    monkeypatch.setattr(plots._Painter, "_opened", lambda self, _: asyncio.sleep(60))
+    painter.__init__(patience_s=0.1)
+    assert painter.browser is None and not painter.works

@@ -1,7 +1,12 @@
 """One style, and one function a figure: a result table in, a plotly figure out."""
 
+import asyncio
+import atexit
 import json
 import os
+import threading
+from collections.abc import Callable, Coroutine
+from functools import cache
 from pathlib import Path
 
 import kaleido
@@ -26,9 +31,6 @@ pio.templates["tsae"] = go.layout.Template(layout=dict(
     yaxis=dict(showline=True, linecolor="#4a5568", gridcolor="#edf2f7", ticks="outside", zeroline=False)))
 px.defaults.template, px.defaults.color_discrete_sequence = "tsae", SEQUENCE
 STYLE = dict(legend_title_text="", template="tsae", width=860, height=460)
-
-
-_server: list[bool] = []
 
 
 def show(figure: go.Figure, path: str | Path = "") -> None:
@@ -58,15 +60,44 @@ def write_picture(figure: go.Figure, path: Path) -> None:
 
 def picture(figure: go.Figure, scale: float = 1.0) -> bytes | None:
     """The figure as PNG, or None where there is no Chrome to draw it (or TSAE_PNG=0)."""
-    if os.environ.get("TSAE_PNG") == "0":
+    if os.environ.get("TSAE_PNG") == "0" or not (painter := _painter()).works:
         return None
-    try:
-        if not _server:
-            kaleido.start_sync_server(silence_warnings=True)  # one browser for all pictures, not one each
-            _server.append(True)
-        return figure.to_image("png", scale=scale)
-    except Exception:  # kaleido raises its own, choreographer's and the browser's errors: a picture is never worth a run
-        return None
+    size = dict(width=figure.layout.width or STYLE["width"], height=figure.layout.height or STYLE["height"])
+    return painter.wait(lambda browser: browser.calc_fig(figure, dict(format="png", scale=scale, **size)))
+
+
+class _Painter:
+    """One browser for all pictures of a process, on a thread of its own; `works` turns False for good when it fails.
+
+    kaleido's own server is not used: without a Chrome its thread dies, and who asks it for a picture waits for ever.
+    """
+
+    def __init__(self, patience_s: float = 60.0):
+        self.works, self.patience_s, self.loop = True, patience_s, asyncio.new_event_loop()
+        threading.Thread(target=self.loop.run_forever, daemon=True).start()
+        self.browser = self.wait(self._opened)
+        atexit.register(self.close)
+
+    async def _opened(self, _) -> kaleido.Kaleido:
+        browser = kaleido.Kaleido()
+        await browser.open()
+        return browser
+
+    def wait(self, work: Callable[[kaleido.Kaleido | None], Coroutine]) -> object | None:
+        """What `work`, given the browser, comes to; None where it fails or takes longer than `patience_s`."""
+        future = asyncio.run_coroutine_threadsafe(work(getattr(self, "browser", None)), self.loop)
+        try:
+            return future.result(self.patience_s)
+        except Exception:  # kaleido's, choreographer's and the browser's own errors: a picture is never worth a run
+            future.cancel()
+            self.works = False
+
+    def close(self) -> None:
+        if self.browser:
+            self.wait(lambda browser: browser.close())
+
+
+_painter = cache(_Painter)
 
 
 def _titled(figure: go.Figure, title: str, x: str = "", y: str = "", **layout) -> go.Figure:
