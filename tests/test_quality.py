@@ -5,6 +5,7 @@ import pandas as pd
 import pytest
 import torch
 from conftest import byte_tokenizer
+from scipy import stats
 from scipy.sparse import csc_array
 from torch.nn.functional import kl_div
 
@@ -213,7 +214,7 @@ def test_views_agree_on_a_true_difference():
 def test_views_disagree_where_frequency_or_error_explains_it_all():
     by_frequency = sweep(lambda kind, logs, k, noise: (logs > -2) + noise)
     by_frequency = quality.compare(by_frequency, ["score"], draws=300).set_index("view")
-    assert by_frequency.says["overall"] == "higher" and by_frequency.says["within frequency bins"] == "no difference"
+    assert by_frequency.says["overall"] == "higher" and by_frequency.says["within frequency bins"] == "not resolved"
     assert by_frequency.verdict["overall"].startswith("with: views disagree: higher overall")
     # The score depends on the error alone: the second kind has half the first's at the same k.
     by_error = sweep(lambda kind, logs, k, noise: np.log(0.5**kind / k) + noise / 10, gain=0.5)
@@ -224,24 +225,34 @@ def test_views_disagree_where_frequency_or_error_explains_it_all():
     assert "views disagree" in by_error.verdict.iloc[0]
 
 
-def test_intervals_equal_those_of_a_naive_nested_bootstrap():
+def test_intervals_equal_those_of_a_naive_loop():
     table = sweep(lambda kind, logs, k, noise: noise + 0.2 * kind, settings=(8,))
     table["score"] += table["seed"] * np.where(table["table"] == "with", 0.05, -0.02)
     table.loc[::17, "score"] = np.nan
+    found = quality.compare(table, ["score"]).set_index("view")
+    assert found.says["at equal L0"] == "not comparable" and np.isnan(found.low["at equal L0"])
+    means = table.groupby(["seed", "table"])["score"].mean().unstack()
+    value, low, high = evaluate.interval(means["with"] - means["without"])
+    assert (found.difference["overall"], found.low["overall"], found.high["overall"]) == pytest.approx((value, low, high))
+    assert found.says["overall"] == ("higher" if low > 0 else "not resolved")
+
+
+def test_an_interval_is_never_narrower_than_the_features_of_one_seed_allow():
+    table = sweep(lambda kind, logs, k, noise: noise, seeds=(0, 1, 2), settings=(8,))
+    again = table[table["seed"] == 0]  # three seeds that agree by accident
+    table = pd.concat([again.assign(seed=seed) for seed in (0, 1, 2)])
     found = quality.compare(table, ["score"], draws=2000).set_index("view")
-    assert found.says["at equal L0"] == "not comparable"
-    random, drawn = np.random.default_rng(1), []
-    cells = {key: part["score"].dropna().to_numpy() for key, part in table.groupby(["table", "seed"])}
-    for _ in range(2000):
-        picked = random.integers(3, size=3)
-        sides = [np.mean([random.choice(cells[kind, seed], len(cells[kind, seed])).mean() for seed in picked])
-                 for kind in ("without", "with")]
-        drawn.append(sides[1] - sides[0])
-    low, high = np.quantile(drawn, [0.025, 0.975])
-    means = [np.mean([cells[kind, seed].mean() for seed in range(3)]) for kind in ("without", "with")]
-    assert found.difference["overall"] == pytest.approx(means[1] - means[0])
-    assert found.low["overall"] == pytest.approx(low, abs=0.01)
-    assert found.high["overall"] == pytest.approx(high, abs=0.01)
+    variance = again.groupby("table")["score"].agg(lambda values: values.var(ddof=0) / len(values)).sum()
+    half = stats.t.ppf(0.975, 2) * (variance / 3) ** 0.5
+    assert found.high["overall"] - found.difference["overall"] == pytest.approx(half, rel=0.1)
+
+
+def test_seeds_that_differ_by_themselves_seldom_look_like_kinds_that_differ():
+    random, called = np.random.default_rng(0), 0
+    for _ in range(60):
+        table = sweep(lambda kind, logs, k, noise: noise + random.normal(0, 0.05), settings=(8,), n=100)
+        called += quality.compare(table, ["score"], draws=50).set_index("view").says["overall"] != "not resolved"
+    assert called <= 9, "3 of 60 are expected at 95 %; 10 or more come once in 2000 times"
 
 
 def test_bins_are_those_of_a_loop():
@@ -251,10 +262,17 @@ def test_bins_are_those_of_a_loop():
     which = np.digitize(logs, np.linspace(logs.min(), logs.max(), 13)[1:-1])
     cells = table.groupby(["table", which, "seed"])["score"]
     means = cells.mean().groupby(level=[0, 1]).mean().unstack(0)
-    counts = cells.size().unstack(level=[0, 2], fill_value=0).min(axis=1)
-    assert (counts >= 20).any() and not (counts >= 20).all()
-    gaps = (means["with"] - means["without"])[counts >= 20]
-    assert found.difference["within frequency bins"] == pytest.approx(gaps.mean())
+    counts = cells.size().unstack(level=[0, 2], fill_value=0)
+    common = counts.min(axis=1) >= 20
+    assert common.any() and not common.all()
+    gaps, weights = (means["with"] - means["without"])[common], counts.sum(axis=1)[common]
+    assert found.difference["within frequency bins"] == pytest.approx((gaps * weights).sum() / weights.sum())
+    assert found.over["within frequency bins"] == f"{common.sum()} of 12 bins"
+
+
+def test_one_seed_gives_no_interval():
+    found = quality.compare(sweep(lambda kind, logs, k, noise: 0.3 * kind + noise, seeds=(0,)), ["score"], draws=10)
+    assert (found["says"] == "not comparable").all() and found["difference"].notna().all()
 
 
 def test_a_comparison_of_one_kind_is_refused():
