@@ -178,10 +178,10 @@ def test_the_table_is_told_token_by_token():
                   for other in found.index if other != token}
         assert row.nearest_token == max(others, key=others.get)
         assert row.nearest_cosine == pytest.approx(max(others.values()), abs=1e-5)
-    trained = np.array([1, 3, 4, 15, 16, 63, 64])
+    trained = np.array([0, 3, 4, 15, 16, 63, 64])
     bins = quality.by_count(quality.table(sae, unigrams, x, t, trained))
-    assert bins[["low", "high", "tokens"]].values.tolist() == [[1, 3, 2], [4, 15, 2], [16, 63, 2]]
-    assert bins["nmse"][0] == pytest.approx(found["nmse"][:2].mean())
+    assert bins[["low", "high", "tokens"]].values.tolist() == [[0, 0, 1], [1, 3, 1], [4, 15, 2], [16, 63, 2]]
+    assert bins["nmse"][2] == pytest.approx(found["nmse"][2:4].mean())
     with pytest.raises(ValueError, match="no lookup table"):
         quality.table(random_sae(), unigrams, x, t)
 

@@ -109,6 +109,15 @@ def _titled(figure: go.Figure, title: str, x: str = "", y: str = "", **layout) -
     return figure
 
 
+def _log_ticks(axis, values: pd.Series) -> None:
+    """Few round numbers, written out: plotly's own mix of digits and powers cannot be read at a glance."""
+    low, high = np.log10([values.min() / 1.3, values.max() * 1.3])
+    digits = (1,) if high - low > 3 else (1, 2, 5) if high - low > 1 else (1, 1.5, 2, 3, 4, 5, 7)
+    ticks = [digit * 10.0**power for power in range(-9, 10) for digit in digits]
+    ticks = [tick for tick in ticks if low <= np.log10(tick) <= high]
+    axis.update(tickvals=ticks, ticktext=[f"{tick:g}" if tick < 1e4 else f"{tick / 1000:g}k" for tick in ticks])
+
+
 def _facet_names(figure: go.Figure, names: dict | None = None) -> go.Figure:
     return figure.for_each_annotation(
         lambda a: a.update(text=(names or {}).get(a.text.split("=")[-1], a.text.split("=")[-1]), font_size=15))
@@ -162,6 +171,8 @@ def error_by_count(table: pd.DataFrame) -> go.Figure:
     figure = px.line(table, x="count", y="error", color="sae", markers=True, log_x=True, log_y=True,
                      error_y=table["high"] - table["error"], error_y_minus=table["error"] - table["low"],
                      color_discrete_map=COLOURS)
+    for axis, column in ((figure.layout.xaxis, "count"), (figure.layout.yaxis, "error")):
+        _log_ticks(axis, table[column])
     return _titled(figure, "The more often a token was seen, the better its unigram is reconstructed",
                    "times the token was seen in training", "error of [BOS, t]: median, quartiles")
 
@@ -188,8 +199,10 @@ def pareto(table: pd.DataFrame, title: str = "With the table, better reconstruct
     figure = px.line(table, x="l0", y="value", color="table", facet_col="metric", symbol="architecture",
                      line_dash="architecture", log_x=True, log_y=True, error_y=table["high"] - table["value"],
                      error_y_minus=table["value"] - table["low"], color_discrete_map=COLOURS, symbol_map=MARKERS)
-    figure.update_yaxes(matches=None, showticklabels=True, nticks=6).update_traces(marker_size=8)
+    figure.update_yaxes(matches=None, showticklabels=True).update_traces(marker_size=8)
     figure.update_xaxes(tickvals=[1, 2, 4, 8, 16, 32, 64, 128, 256])
+    for axis, (_, part) in zip(figure.select_yaxes(row=1), table.groupby("metric", sort=False)):
+        _log_ticks(axis, part["value"])
     figure.for_each_trace(lambda trace: trace.update(name=", ".join(reversed(trace.name.split(", ")))))
     return _titled(_facet_names(figure), title, "L0 (active features a token)", "lower is better", width=1060, height=500)
 
@@ -207,7 +220,7 @@ def bars(table: pd.DataFrame, x: str, title: str, label: str, colour: str | None
 def speedup(table: pd.DataFrame) -> go.Figure:
     """Columns where (model, layer), metric, value, low, high: tokens the baseline needed over tokens the tokenized needed."""
     figure = px.scatter(table, x="where", y="value", color="metric", error_y=table["high"] - table["value"],
-                        error_y_minus=table["value"] - table["low"])
+                        error_y_minus=table["value"] - table["low"], symbol="metric", symbol_sequence=["circle", "diamond-open"])
     figure.update_traces(marker_size=11).update_yaxes(rangemode="tozero")
     figure.add_hline(y=1, line_dash="dot", line_color="#4a5568")
     return _titled(figure, "Training speed-up: baseline tokens / tokenized tokens to the same quality", " ",
@@ -241,8 +254,13 @@ def cost(table: pd.DataFrame) -> go.Figure:
     figure = px.line(drawn, x="size", y="ms", color="contender", facet_col="axis", markers=True, log_x=True, log_y=True,
                      facet_col_spacing=0.04,
                      color_discrete_map={"tsae": "#2b6cb0", "tsae + table": COLOURS[WITH], "floor": "#a0aec0"})
-    figure.update_xaxes(matches=None, exponentformat="power", dtick="D1" if len(drawn) < 8 else None)
-    return _titled(_facet_names(figure), "A training step against its size (rest at the base size)", "",
+    figure.update_xaxes(matches=None)
+    _log_ticks(figure.layout.yaxis, drawn["ms"])
+    for axis, label in zip(figure.select_xaxes(row=1), drawn["axis"].unique()):
+        axis.update(title=label, tickangle=0, tickfont_size=11, tickvals=(sizes := sorted(drawn.loc[drawn["axis"] == label, "size"].unique())),
+                    ticktext=[f"{size:g}" if size < 10_000 else f"{size / 1000:.0f}k" for size in sizes])
+    return _titled(figure.for_each_annotation(lambda a: a.update(text="")),
+                   "Time of a training step; what is not on the axis is at the base size (d 768, 12k features, k 32)", "",
                    "milliseconds", width=1060)
 
 
@@ -265,12 +283,13 @@ def complexity_by_frequency(table: pd.DataFrame) -> go.Figure:
 
 
 def plane(table: pd.DataFrame) -> go.Figure:
-    """Columns architecture, k, table, complexity_1, fuzzing: one point an SAE, means over its features."""
-    drawn = table.assign(k=np.where(table["architecture"].isin(["topk", "batchtopk"]), "k " + table["k"].astype(str), ""))
+    """Columns architecture, k, table, l0, complexity_1, fuzzing, one row an SAE: a point for each setting, over its seeds."""
+    drawn = table.groupby(["architecture", "k", "table"], as_index=False)[["fuzzing", "complexity_1", "l0"]].mean()
+    drawn["label"] = np.where(drawn["architecture"].isin(["topk", "batchtopk"]), "k " + drawn["k"].astype(str), "")
     figure = px.scatter(drawn, x="fuzzing", y="complexity_1", color="table", symbol="architecture", symbol_map=MARKERS,
-                        color_discrete_map=COLOURS, hover_data=["k", "seed", "l0"])
-    figure.update_traces(marker_size=11)
-    return _titled(figure, "Complexity and consistency, one point an SAE",
+                        color_discrete_map=COLOURS, hover_data=["k", "l0"], text="label")
+    figure.update_traces(marker_size=11, textposition="middle right", textfont_size=12)
+    return _titled(figure, "Complexity and consistency, one point a kind of SAE",
                    "a simple rule finds the firing (balanced accuracy)",
                    "share not explained by the token")
 
@@ -279,8 +298,11 @@ def table_quality(table: pd.DataFrame) -> go.Figure:
     """Columns low (count in training), cosine_unigram, cosine_mean, ratio_mean, nmse_table, nmse: the table, by count."""
     names = {"cosine_unigram": "cosine to the unigram residual", "cosine_mean": "cosine to the token's mean",
              "ratio_mean": "norm over that of the mean", "nmse_table": "nmse, table alone", "nmse": "nmse, whole SAE"}
-    drawn = table.rename(columns=names).melt(["low"], list(names.values()), "measure")
-    drawn["part"] = np.where(drawn["measure"].str.startswith("nmse"), "error", "likeness")
-    figure = px.line(drawn, x="low", y="value", color="measure", facet_col="part", markers=True, log_x=True)
-    figure.update_yaxes(matches=None, showticklabels=True, rangemode="tozero").update_xaxes(exponentformat="power", dtick=1)
+    drawn = table[table["low"] > 0].rename(columns=names).melt(["low"], list(names.values()), "measure")
+    drawn["part"] = np.where(drawn["measure"].str.startswith("nmse"), "error", "cosine or ratio")
+    figure = px.line(drawn, x="low", y="value", color="measure", facet_col="part", markers=True, log_x=True,
+                     facet_col_spacing=0.08)
+    figure.update_yaxes(matches=None, showticklabels=True, rangemode="tozero", title="")
+    for axis in figure.select_xaxes():
+        _log_ticks(axis, drawn["low"])
     return _titled(_facet_names(figure), "The table, token by token", "count in the training text", "", width=1060)

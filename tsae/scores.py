@@ -18,6 +18,26 @@ from tsae.features import effective_number
 from tsae.heldout import LEVELS, Text, half
 from tsae.sae import SAE
 
+WEIGHTS = dict(peak="its strongest firings", drawn="as many firings drawn evenly", firing="all its firings",
+               mass="its firings weighted by their codes")
+MEANINGS = {  # what each column of `scored` (and of quality.dictionary) says, in a few words
+    "firings": "positions where it fires", "modal_token": "the token with most of its activation",
+    **{f"r2_{n}": f"how well the last {n} tokens predict its code (R², held-out)" for n in (1, 2, 3, 4)},
+    **{f"auc_{n}": f"how well the last {n} tokens tell its firings from silence (AUC, held-out)" for n in (1, 2, 3, 4)},
+    "complexity_1": "share of its code that the token leaves unexplained",
+    "complexity_3": "share of its code that the last three tokens leave unexplained",
+    **{f"tokens_{name}": f"effective number of tokens over {over}" for name, over in WEIGHTS.items()},
+    **{f"modal_share_{name}": f"share of the commonest token in {over}" for name, over in WEIGHTS.items()},
+    **{f"bits_{name}": f"bits that firing and token share, {over}" for name, over in WEIGHTS.items()},
+    **{f"told_{name}": f"share of its firing that the token tells, {over}" for name, over in WEIGHTS.items()},
+    "rule": "the kind of rule that finds its firings best", "explanation": "the rule itself",
+    "detection": "the rule's balanced accuracy over the whole text (0.5 is chance)",
+    "detection_mass": "the same, firings weighted by their codes",
+    "precision": "share of the rule's hits where it fires", "recall": "share of its firings that the rule finds",
+    "rule_f1": "precision and recall of the rule in one", "fuzzing": "the rule's balanced accuracy close to its firings",
+    "nearest_feature": "the feature with the most similar decoder row", "nearest_cosine": "cosine to that row",
+    "token_share": "share of its decoder row in the leading directions of the unigrams"}
+
 
 @torch.no_grad()
 def encoded(sae: SAE, x: torch.Tensor, t: torch.Tensor, batch: int = 4096) -> csc_array:
