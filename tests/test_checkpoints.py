@@ -34,6 +34,22 @@ def test_a_state_comes_back_and_two_are_kept(tmp_path):
     assert [int(path.name) for path in sorted((tmp_path / "c").iterdir())] == [10, 100]
 
 
+def test_what_killed_processes_left_is_removed(tmp_path):
+    (tmp_path / ".abc").mkdir()
+    (tmp_path / ".abc/tensors.safetensors").write_bytes(b"half")
+    checkpoints.save(tmp_path, 1, STATE)
+    assert [path.name for path in tmp_path.iterdir()] == [f"{1:015d}"]
+
+
+def test_only_shared_memory_is_copied(tmp_path):
+    a = torch.arange(6.0)
+    state = {"a": a, "tail": a[3:], "other": a.view(2, 3).T, "two": {"a": a}, "alone": torch.arange(4.0)[1:]}
+    tensors, _ = checkpoints._taken_apart(state, set())
+    assert [name for name, held in tensors.items() if held.data_ptr() == state.get(name, a).data_ptr()] == ["a", "alone"]
+    checkpoints.save(tmp_path, 1, state)
+    assert same(checkpoints.newest(tmp_path), state)
+
+
 def flip(path):
     raw = bytearray(path.read_bytes())
     raw[len(raw) // 2] ^= 1

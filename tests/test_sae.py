@@ -1,12 +1,15 @@
 """Oracle: the equations written out over positions, features and coordinates, and autograd of that form, in float64."""
 
 import json
+import os
 from functools import partial
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from torch.nn.functional import cosine_similarity
 
+from tsae import sae as module
 from tsae.sae import ACTIVATIONS, SAE, _Gated
 
 B, D, N, K, V = 9, 6, 10, 3, 5
@@ -265,3 +268,24 @@ def test_a_table_of_another_shape_gets_a_sentence():
     for shape in ((V + 1, D), (V, D - 1), (D, V)):
         with pytest.raises(ValueError, match=r"one row per token.*\(5, 6\)"):
             SAE(D, N, "relu", vocabulary=V, lookup="learned").start(torch.zeros(D), torch.zeros(shape))
+
+
+def test_a_save_that_is_cut_short_leaves_no_mixture(tmp_path, monkeypatch):
+    small, large = SAE(D, N, k=K), SAE(D, 2 * N, k=K)
+    small.save(tmp_path)
+
+    def full(*_):
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "save_file", full)
+        with pytest.raises(OSError, match="could not be saved in.*No space left.*free some space"):
+            large.save(tmp_path)
+    assert SAE.load(tmp_path).n == N and len(list(tmp_path.iterdir())) == 2
+    replace, synced = os.replace, []
+    monkeypatch.setattr(os, "fsync", synced.append)
+    monkeypatch.setattr(os, "replace", lambda a, b: replace(a, b) if b.suffix == ".json" else 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        large.save(tmp_path)
+    with pytest.raises(FileNotFoundError, match="not a saved SAE"):  # neither the old weights nor the new
+        SAE.load(tmp_path)
+    assert len(synced) == 2

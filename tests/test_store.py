@@ -6,6 +6,9 @@ import stat
 
 import pandas as pd
 import pytest
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 
 from tsae import store
 
@@ -98,3 +101,29 @@ def test_a_key_is_a_function_of_the_parameters_and_not_of_their_order():
 def test_places(tmp_path):
     assert store.model_path("embedded") == str(store.EMBEDDED) and store.model_path("owner/name") == "owner/name"
     assert store.run_folder("smoke") == store.DATA / "runs" / "smoke" and store.run_folder(str(tmp_path)) == tmp_path
+
+
+def test_tensors_come_back_or_are_named_as_damaged(tmp_path, capsys):
+    tensors = {"a": torch.arange(6.0).view(2, 3).T, "b": torch.tensor(2), "c": torch.ones(3, dtype=torch.bfloat16),
+               "d": torch.empty(0)}
+    path = store.write_tensors(tmp_path / "a.safetensors", tensors)
+    back = store.read_tensors(path)
+    assert back.keys() == tensors.keys() and all(torch.equal(back[name], value) for name, value in tensors.items())
+    assert store.read_tensors(tmp_path / "none") is None and not capsys.readouterr().err
+    whole = path.read_bytes()
+    flipped = bytearray(whole)
+    flipped[-1] ^= 1
+    save_file({"a": torch.ones(1)}, tmp_path / "old")
+    for raw, reason in ((whole[:-3], ""), (b"", ""), (bytes(flipped), "its checksum differs"),
+                        ((tmp_path / "old").read_bytes(), "it has no checksum")):
+        path.write_bytes(raw)
+        assert store.read_tensors(path) is None
+        said = capsys.readouterr().err
+        assert said.count("\n") == 1 and "a.safetensors is damaged" in said and reason in said
+
+
+def test_a_full_disk_is_an_os_error_of_safetensors_too(tmp_path):
+    store.write_tensors(tmp_path / "a", {"a": torch.ones(1)})
+    with pytest.raises(OSError, match="a could not be written.*No space left.*free"), store.replacing(tmp_path / "a"):
+        raise SafetensorError("I/O error: No space left on device")
+    assert store.read_tensors(tmp_path / "a")["a"] == 1 and names(tmp_path) == ["a"]

@@ -122,7 +122,7 @@ def test_the_column_can_be_named(tmp_path):
     assert list(text.documents(str(path), column="content")) == TEXTS
     with pytest.raises(ValueError, match="no text column 'text': its columns are id, content.*`column`"):
         list(text.documents(str(path)))
-    with pytest.raises(ValueError, match="no text column 'id'"):
+    with pytest.raises(ValueError, match="column 'id' of .* holds a int"):
         list(text.documents(str(path), column="id"))
 
 
@@ -250,6 +250,34 @@ def test_tokens_are_kept_until_the_file_changes(tmp_path, monkeypatch, folder):
     assert len(read) == 4
     write(path.parent, "a.jsonl", DOCUMENTS[::-1])  # as long as before
     assert torch.equal(rows()["train"], text.pack(DOCUMENTS[::-1], TOKENIZER, 16, **ALL)["train"])
+
+
+@pytest.mark.parametrize("damage", [lambda raw: raw[:-9], lambda raw: raw[:-1] + bytes([raw[-1] ^ 1])])
+def test_a_damaged_cache_of_tokens_is_made_anew(damage, tmp_path, capsys):
+    path = str(write(tmp_path, "a.jsonl", DOCUMENTS))
+    first = text.tokens(path, TOKENIZER, 16, **ALL)
+    cached, = store.CACHE.glob("tokens-*")
+    cached.write_bytes(damage(cached.read_bytes()))
+    for said in (1, 0):
+        again = text.tokens(path, TOKENIZER, 16, **ALL)
+        assert all(torch.equal(again[name], part) for name, part in first.items())
+        assert capsys.readouterr().err.count("is damaged") == said
+
+
+def test_files_that_hold_no_texts_are_named(tmp_path):
+    whole = write(tmp_path, "a.parquet", DOCUMENTS)
+    raw = bytearray(whole.read_bytes())
+    raw[4:200] = bytes(196)
+    whole.write_bytes(raw)
+    (tmp_path / "list.jsonl").write_text('["a", "b"]\n["c"]\n')
+    (tmp_path / "number.jsonl").write_text('{"text": 5, "body": "a"}\n')
+    (tmp_path / "other.jsonl").write_text('{"body": "a"}\n')
+    for name, sentence in (("a.parquet", "a.parquet is damaged or no parquet.*restore it"),
+                           ("list.jsonl", "list.jsonl is damaged or no json of one object a row"),
+                           ("number.jsonl", "column 'text' of .*number.jsonl' holds a int where a string"),
+                           ("other.jsonl", "other.jsonl' has no text column 'text': its columns are body")):
+        with pytest.raises(ValueError, match=f"(?s){sentence}"):
+            list(text.documents(str(tmp_path / name)))
 
 
 MODULE = '''"""{a}"""

@@ -10,7 +10,7 @@ import torch
 from conftest import tiny_network
 from torch.nn.functional import embedding, normalize
 
-from tsae import checkpoints, train
+from tsae import activations, checkpoints, train
 from tsae.activations import Memory, Shuffled, collect
 from tsae.evaluate import nmse
 from tsae.lm import LM
@@ -230,6 +230,43 @@ def test_held_and_streamed_data_are_the_same_pairs(data, tmp_path):
         assert train.prepare(model, tokens, layer, batch=16, folder=folder).identity != held.identity
     renamed = train.prepare(LM(lm.model, lm.tokenizer, "elsewhere"), rows, 1, batch=16, folder=folder)
     assert renamed.identity == held.identity  # where a model lies is not what it is
+
+
+def test_streaming_starts_without_room_for_a_store(tiny_gpt2, tmp_path):
+    rows = torch.randint(1, 257, (150, 12), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
+    rows[:64] = 0  # a pass over special tokens only
+    data = train.prepare(tiny_gpt2, rows, 1, batch=16, buffer=64, store_gb=0, folder=tmp_path)
+    x, t = collect(rows, tiny_gpt2.at(1), tiny_gpt2.keep)
+    wanted = Memory(x.bfloat16(), t).statistics(257)
+    assert torch.equal(data.stats["count"], wanted["count"]) and not list(tmp_path.glob("*.x"))
+    assert all(torch.allclose(data.stats[name], value, rtol=1e-6) for name, value in wanted.items())
+    assert next(data.source(0))[0].shape == (16, 16) and not [path for path in tmp_path.iterdir() if path.is_dir()]
+    with pytest.raises(ValueError, match="special tokens only"):
+        train.prepare(tiny_gpt2, rows[:64], 1, store_gb=0, folder=tmp_path)
+
+
+@pytest.mark.parametrize("store_gb", [0, 1])
+def test_statistics_are_worked_out_once(store_gb, tiny_gpt2, tmp_path, monkeypatch, capsys):
+    calls, statistics = [], activations.statistics
+    for module in (train, activations):
+        monkeypatch.setattr(module, "statistics", lambda *a: calls.append(1) or statistics(*a))
+    rows = torch.randint(1, 257, (8, 12), dtype=torch.int32)
+
+    def stats(rows=rows):
+        held = train.prepare(tiny_gpt2, rows, 1, batch=16, store_gb=store_gb, folder=tmp_path).stats
+        return {name: value.clone() for name, value in held.items()}  # they are maps of the files that are damaged below
+
+    first, again = stats(), stats()
+    assert len(calls) == 1 and all(torch.equal(again[name], value) for name, value in first.items())
+    stats(rows.flip(0))
+    assert len(calls) == 2
+    for kind in ("statistics", "unigrams"):
+        for path in tmp_path.glob(f"{kind}-*"):
+            raw = bytearray(path.read_bytes())
+            raw[-5] ^= 1
+            path.write_bytes(raw)
+    assert all(torch.equal(stats()[name], value) for name, value in first.items()) and len(calls) == 3
+    assert capsys.readouterr().err.count("its checksum differs") == 2
 
 
 @pytest.mark.parametrize("recipe", train.RECIPES)

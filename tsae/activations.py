@@ -14,7 +14,7 @@ import shutil
 import struct
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
@@ -70,6 +70,36 @@ def estimate(pairs: int, d_model: int, dtype: torch.dtype = torch.bfloat16, copi
     return copies * pairs * (d_model * dtype.itemsize + 4)
 
 
+def statistics(parts: Iterable[Pair], vocabulary: int) -> dict[str, torch.Tensor]:
+    """What a start needs of pairs x (m, d), t (m,), part by part: mean (d,), scale (rms entry of the centred x), count (V,)
+    and sum (V, d) a token.
+
+    One pass that keeps no pair; sums are float64, results float32, count int64. Raises ValueError for an id outside the
+    vocabulary, and where there is no pair.
+    """
+    total, pairs, squares = None, 0, 0.0
+    for part in parts:
+        if total is None:
+            d_model, device = part[0].shape[1], part[0].device
+            count = torch.zeros(vocabulary, dtype=torch.long, device=device)
+            total = torch.zeros(vocabulary, d_model, dtype=torch.float64, device=device)
+        for x, t in zip(*(tensor.split(8192) for tensor in part)):
+            if not len(t):
+                continue
+            x, t = x.double(), t.long()
+            if t.max() >= vocabulary:
+                raise ValueError(f"token id {int(t.max())} is outside the vocabulary of {vocabulary}: these "
+                                 "activations belong to another language model")
+            count += torch.bincount(t, minlength=vocabulary)
+            total.index_add_(0, t, x)
+            squares, pairs = squares + x.square().sum().item(), pairs + len(t)
+    if not pairs:
+        raise ValueError(NO_POSITION)
+    mean = total.sum(0) / pairs
+    scale = (squares / pairs - mean.square().sum()).div(d_model).clamp(min=0).sqrt()
+    return dict(mean=mean.float(), scale=scale.float(), count=count, sum=total.float())
+
+
 class _Rows:
     """Pairs that can be read at random, in parts x (m, d), t (m,)."""
 
@@ -81,26 +111,8 @@ class _Rows:
         return int(self.ends[-1])
 
     def statistics(self, vocabulary: int) -> dict[str, torch.Tensor]:
-        """What a start needs: mean (d,), scale (rms entry of the centred x), count (V,) and sum (V, d) a token.
-
-        One pass; sums are float64, results float32, count int64. Raises ValueError for an id outside the vocabulary.
-        """
-        device = self.parts[0][0].device
-        count = torch.zeros(vocabulary, dtype=torch.long, device=device)
-        total = torch.zeros(vocabulary, self.d_model, dtype=torch.float64, device=device)
-        squares = 0.0
-        for part in tqdm(self.parts, "statistics", leave=False, disable=len(self.parts) < 20):
-            for x, t in zip(*(tensor.split(8192) for tensor in part)):
-                x, t = x.double(), t.long()
-                if t.max() >= vocabulary:
-                    raise ValueError(f"token id {int(t.max())} is outside the vocabulary of {vocabulary}: these "
-                                     "activations belong to another language model")
-                count += torch.bincount(t, minlength=vocabulary)
-                total.index_add_(0, t, x)
-                squares += x.square().sum().item()
-        mean = total.sum(0) / len(self)
-        scale = (squares / len(self) - mean.square().sum()).div(self.d_model).clamp(min=0).sqrt()
-        return dict(mean=mean.float(), scale=scale.float(), count=count, sum=total.float())
+        """`statistics` of all pairs."""
+        return statistics(tqdm(self.parts, "statistics", leave=False, disable=len(self.parts) < 20), vocabulary)
 
 
 class Memory(_Rows):

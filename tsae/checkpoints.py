@@ -28,10 +28,12 @@ def save(folder: Path, step: int, state: State) -> None:
 
     Raises OSError with a sentence when the disk is full or read-only: earlier checkpoints stay.
     """
-    tensors, plain = _taken_apart(state)
+    tensors, plain = _taken_apart(state, set())
     final, new = folder / f"{step:015d}", None
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        for leftover in folder.glob(".*/"):  # of a process that was killed as it wrote
+            shutil.rmtree(leftover, ignore_errors=True)
         new = Path(tempfile.mkdtemp(dir=folder, prefix="."))
         save_file(tensors, new / "tensors.safetensors")
         digest = store.digest(new / "tensors.safetensors")
@@ -88,15 +90,21 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
-def _taken_apart(state: State, name: str = "") -> tuple[dict[str, torch.Tensor], State]:
-    """The tensors by their dotted names, and the rest with their names in place of them."""
+def _taken_apart(state: State, seen: set[int], name: str = "") -> tuple[dict[str, torch.Tensor], State]:
+    """The tensors by their dotted names, and the rest with their names in place of them.
+
+    Only what shares memory with a tensor before it (in `seen`) is copied: safetensors writes no shared memory.
+    """
     tensors, plain = {}, {}
     for key, value in state.items():
         path = f"{name}{key}"
         if isinstance(value, torch.Tensor):
-            tensors[path], plain[key] = value.detach().cpu().contiguous().clone(), {"tensor": path}
+            held = value.detach().cpu().contiguous()
+            place = held.untyped_storage().data_ptr()
+            tensors[path], plain[key] = held.clone() if place in seen else held, {"tensor": path}
+            seen.add(place)
         elif isinstance(value, dict):
-            inner, plain[key] = _taken_apart(value, f"{path}.")
+            inner, plain[key] = _taken_apart(value, seen, f"{path}.")
             tensors |= inner
         else:
             plain[key] = value

@@ -259,14 +259,28 @@ class SAE(nn.Module):
         return min(1.0, len(W) / max(1, self.d_model // 2)) * mse_loss(explained, error, reduction="sum") / len(z)
 
     def save(self, folder: str | Path) -> Path:
-        """Write `config.json` and `weights.safetensors`; the weights appear last, whole or not at all."""
+        """Write `config.json` and `weights.safetensors`; the weights appear last, whole or not at all.
+
+        Raises OSError with a sentence when the disk is full or read-only: what was saved there before stays.
+        """
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, write in (("config.json", lambda file: file.write_text(json.dumps(self.config, indent=2) + "\n")),
-                            ("weights.safetensors", lambda file: save_file(self.state_dict(), file))):
-            temporary = folder / f".{os.getpid()}-{name}"
-            write(temporary)
-            os.replace(temporary, folder / name)
+        written = {name: folder / f".{os.getpid()}-{name}" for name in ("config.json", "weights.safetensors")}
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            written["config.json"].write_text(json.dumps(self.config, indent=2) + "\n")
+            save_file(self.state_dict(), written["weights.safetensors"])
+            for temporary in written.values():
+                with open(temporary, "rb") as file:
+                    os.fsync(file.fileno())
+            (folder / "weights.safetensors").unlink(missing_ok=True)  # never beside the config of another SAE
+            for name, temporary in written.items():
+                os.replace(temporary, folder / name)
+        except (OSError, SafetensorError) as error:
+            raise OSError(f"the SAE could not be saved in {folder} ({error}): free some space there or choose another "
+                          "folder") from error
+        finally:
+            for temporary in written.values():
+                temporary.unlink(missing_ok=True)
         return folder
 
     @classmethod

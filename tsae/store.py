@@ -3,12 +3,17 @@
 import hashlib
 import json
 import os
+import sys
 import tempfile
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 
 import pandas as pd
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from tqdm import tqdm
 
 ROOT = Path(os.environ.get("TSAE_HOME") or Path(__file__).resolve().parents[1])
 DATA = ROOT / "data"
@@ -33,7 +38,10 @@ def run_folder(run_name: str, **inputs: str) -> Path:
 
 @contextmanager
 def replacing(path: str | Path):
-    """Yields a temporary path beside `path`; it takes the place of `path` when the block ends without an error."""
+    """Yields a temporary path beside `path`; it takes the place of `path` when the block ends without an error.
+
+    What safetensors raises on a full disk is no OSError: here it becomes one.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
@@ -44,6 +52,9 @@ def replacing(path: str | Path):
             os.fsync(written.fileno())
         os.chmod(temporary, 0o644)  # mkstemp makes files that only their owner can read
         os.replace(temporary, path)
+    except SafetensorError as error:
+        raise OSError(f"{path} could not be written ({error}): free some space there or choose another folder; what was there "
+                      "before is kept") from error
     finally:
         Path(temporary).unlink(missing_ok=True)
 
@@ -91,6 +102,39 @@ def result(folder: Path, name: str, table: pd.DataFrame, notebook: str, **parame
     versions = {package: version(package) for package in ("torch", "transformers", "nnsight", "datasets")}
     lines[path.name] = dict(sha256=digest(path), notebook=notebook, parameters=parameters, versions=versions)
     write_json(manifest, lines)
+
+
+def write_tensors(path: str | Path, tensors: dict[str, torch.Tensor]) -> Path:
+    """Write tensors as safetensors beside the sha256 of what they hold, whole or not at all."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    with replacing(path) as temporary:
+        save_file(tensors, temporary, metadata=dict(sha256=_content(tensors)))
+    return Path(path)
+
+
+def read_tensors(path: str | Path) -> dict[str, torch.Tensor] | None:
+    """What `write_tensors` wrote; None where there is no such file, and where it is damaged, which a line on stderr says."""
+    if not Path(path).is_file():
+        return None
+    try:
+        with safe_open(path, "pt") as file:
+            noted = (file.metadata() or {}).get("sha256")
+        tensors = load_file(path)
+        if _content(tensors) == noted:
+            return tensors
+        reason = "its checksum differs" if noted else "it has no checksum"
+    except SafetensorError as error:
+        reason = str(error)
+    tqdm.write(f"{path} is damaged or of an older version ({reason}): it is made anew", file=sys.stderr)
+    return None
+
+
+def _content(tensors: dict[str, torch.Tensor]) -> str:
+    state = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        state.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        state.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return state.hexdigest()
 
 
 def digest(path: str | Path) -> str:

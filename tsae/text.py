@@ -15,9 +15,7 @@ from pathlib import Path
 
 import datasets
 import huggingface_hub
-import pyarrow
 import torch
-from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from tsae import store
@@ -171,14 +169,16 @@ def _from_files(files: list[Path], split: str, column: str) -> Iterator[str]:
             raise ValueError(f"the corpus file {file} ends in none of {', '.join(SUFFIXES)}")
         if kind == "text":
             yield from _paragraphs(file.read_text(encoding="utf-8", errors="replace"))
-            continue
-        if file.stat().st_size == 0:
-            continue
-        try:
-            yield from _texts(datasets.load_dataset(kind, data_files=str(file), split="train", streaming=True), str(file),
-                              column)
-        except (pyarrow.ArrowInvalid, UnicodeDecodeError) as error:
-            raise ValueError(f"the corpus file {file} is damaged or no {kind} ({error}): restore it") from error
+        elif file.stat().st_size:
+            yield from _texts(_from_file(file, kind), str(file), column)
+
+
+def _from_file(file: Path, kind: str) -> Iterator[dict]:
+    try:
+        yield from datasets.load_dataset(kind, data_files=str(file), split="train", streaming=True)
+    except Exception as error:  # the reader raises a dozen types for damage, an OSError that names no file among them
+        raise ValueError(f"the corpus file {file} is damaged or no {kind} of one object a row ({type(error).__name__}: "
+                         f"{error}): restore it, or write one object with a text column a row") from error
 
 
 def _paragraphs(text: str, about: int = 2000) -> Iterator[str]:
@@ -198,9 +198,12 @@ def _texts(stream: Iterable[dict], corpus: str, column: str) -> Iterator[str]:
     for row in stream:
         if column in row and row[column] is None:
             continue
-        if not isinstance(row.get(column), str):
+        if column not in row:
             raise ValueError(f"the corpus {corpus!r} has no text column {column!r}: its columns are "
                              f"{', '.join(row)}; name one with `column`")
+        if not isinstance(row[column], str):
+            raise ValueError(f"the column {column!r} of the corpus {corpus!r} holds a {type(row[column]).__name__} where a "
+                             f"string was expected: name a text column with `column`; there are {', '.join(row)}")
         yield row[column]
 
 
@@ -266,12 +269,11 @@ def tokens(corpus: str, tokenizer, context: int, train_tokens: int, validation_t
                     bos=bos_id(tokenizer), context=context, train_tokens=train_tokens, split=split, column=column,
                     validation_tokens=validation_tokens, validation_share=validation_share)
     cached = store.CACHE / f"tokens-{key}.safetensors"
-    if cached.is_file():
-        return load_file(cached)
+    if (held := store.read_tensors(cached)) is not None:
+        return held
     rows = pack(documents(corpus, split, column), tokenizer, context, train_tokens, validation_tokens, validation_share)
     _say_short(corpus, rows, train=train_tokens, validation=validation_tokens)
-    with store.replacing(cached) as temporary:
-        save_file(rows, temporary)
+    store.write_tensors(cached, rows)
     return rows
 
 

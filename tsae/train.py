@@ -8,16 +8,16 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import repeat
 from pathlib import Path
 
 import pandas as pd
 import torch
-from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from tsae import checkpoints, parallel, store
-from tsae.activations import Shuffled, Store, Streamed
+from tsae.activations import Shuffled, Store, Streamed, activations, statistics
 from tsae.kernels import quick_products
 from tsae.sae import SAE
 
@@ -244,14 +244,22 @@ def prepare(lm, rows: torch.Tensor, layer: int, batch: int = 4096, buffer: int =
     """Activations of `lm` (see lm.LM) at `layer` over token rows (N, T): from a store in `folder`, made once, or streamed.
 
     A store that would need more than `store_gb` is not made: the language model then runs during training, pairs are mixed
-    in a buffer of `buffer` tokens, and `stats` come from the first `sample_rows` rows.
+    in a buffer of `buffer` tokens, and `stats` come from one pass over the first `sample_rows` rows, of which nothing is
+    kept. Unigrams and `stats` are kept in `folder`.
     """
-    layer = lm.layer(layer)
-    stored = len(rows) * rows.shape[1] * (2 * lm.d_model + 4) < store_gb * 1e9
-    held = _stored(lm, rows if stored else rows[:sample_rows], layer, store_gb, folder)
-    unigrams = _cached(folder / f"unigrams-{store.key(**held.identity)}.safetensors", lambda: lm.unigrams(layer))
-    stats = {name: value.to(lm.device) for name, value in held.statistics(lm.vocabulary).items()}
-    identity = held.identity | dict(batch=batch, rows=_digest(rows), buffer=0 if stored else buffer)
+    layer, stored = lm.layer(layer), fits(lm, rows, store_gb)
+    if stored:
+        held = _stored(lm, rows, layer, store_gb, folder)
+        identity, own, measure = held.identity, dict(buffer=0), held.statistics
+    else:
+        sample = rows[:sample_rows]
+        identity, measure = _identity(lm, sample, layer), partial(_sampled, lm, sample, layer)
+        own = dict(buffer=buffer, sample=identity["rows"])
+    key = store.key(vocabulary=lm.vocabulary, **identity)
+    unigrams = _cached(folder / f"unigrams-{key}.safetensors", lambda: dict(x=lm.unigrams(layer)))["x"]
+    stats = _cached(folder / f"statistics-{key}.safetensors", lambda: measure(lm.vocabulary))
+    stats = {name: value.to(lm.device) for name, value in stats.items()}
+    identity = identity | own | dict(batch=batch, rows=_digest(rows))
     dealt = dict(rank=parallel.rank(), world=parallel.world())
     if stored:
         ahead = lm.device.type == "cuda"  # reads while the GPU works
@@ -266,17 +274,32 @@ def held_out(lm, rows: torch.Tensor, layer: int, store_gb: float = 20.0, folder:
     return tuple(tensor.to(lm.device) for tensor in held.gather(torch.arange(len(held))))
 
 
-def _stored(lm, rows: torch.Tensor, layer: int, store_gb: float, folder: Path) -> Store:
+def fits(lm, rows: torch.Tensor, store_gb: float) -> bool:
+    """Whether `prepare` stores the activations of token rows (N, T), and does not stream them."""
+    return len(rows) * rows.shape[1] * (2 * lm.d_model + 4) < store_gb * 1e9
+
+
+def _identity(lm, rows: torch.Tensor, layer: int) -> dict:
     code = {name: store.digest(Path(__file__).with_name(name)) for name in ("lm.py", "activations.py")}
-    identity = dict(layer=layer, weights=lm.fingerprint, rows=_digest(rows), code=store.key(**code))
+    return dict(layer=layer, weights=lm.fingerprint, rows=_digest(rows), code=store.key(**code))
+
+
+def _sampled(lm, rows: torch.Tensor, layer: int, vocabulary: int) -> dict[str, torch.Tensor]:
+    """Statistics straight from the language model, of activations rounded as a store and a stream round them."""
+    parts = tqdm(activations(rows, lm.at(layer), lm.keep), "statistics", -(-len(rows) // 64), leave=False)
+    return statistics(((x.bfloat16(), t) for x, t in parts), vocabulary)
+
+
+def _stored(lm, rows: torch.Tensor, layer: int, store_gb: float, folder: Path) -> Store:
+    identity = _identity(lm, rows, layer)
     return Store.make(folder / store.key(**identity), rows, lm.at(layer), lm.keep, lm.d_model, identity, max_gb=store_gb)
 
 
-def _cached(path: Path, make: Callable[[], torch.Tensor]) -> torch.Tensor:
-    if not path.is_file():
-        with store.replacing(path) as temporary:
-            save_file({"x": make().cpu()}, temporary)
-    return load_file(path)["x"]
+def _cached(path: Path, make: Callable[[], dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    if (held := store.read_tensors(path)) is None:
+        store.write_tensors(path, make())
+        held = store.read_tensors(path)
+    return held
 
 
 def _digest(tensor: torch.Tensor) -> str:
