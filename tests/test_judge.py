@@ -18,8 +18,8 @@ from tsae import heldout, judge, scores
 
 @pytest.fixture
 def endpoint():
-    """A server: `endpoint.answers` maps a prompt to a reply's text, or to (status, body); `endpoint.seen` is what
-    came."""
+    """A server: `endpoint.answers` maps a prompt to a reply's text, or to (status, body); `endpoint.seen` is what came;
+    `endpoint.length` is the length it claims, if any."""
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self):
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -28,6 +28,8 @@ def endpoint():
             status, reply = reply if isinstance(reply, tuple) else (
                 200, json.dumps(dict(choices=[dict(message=dict(content=reply))])))
             self.send_response(status)
+            if server.length:
+                self.send_header("Content-Length", str(server.length))
             self.end_headers()
             self.wfile.write(reply.encode())
 
@@ -36,7 +38,7 @@ def endpoint():
 
     server = HTTPServer(("127.0.0.1", 0), Handler)
     server.handle_error = lambda *_: None  # a client that gives up is part of the test
-    server.seen, server.url = [], f"http://127.0.0.1:{server.server_port}/v1"
+    server.seen, server.length, server.url = [], 0, f"http://127.0.0.1:{server.server_port}/v1"
     thread = threading.Thread(target=server.serve_forever, kwargs=dict(poll_interval=0.01))
     thread.start()
     yield server
@@ -117,6 +119,49 @@ def test_failures_are_sentences(endpoint):
         judge.Judge("http://127.0.0.1:9", "m", waits_s=(0,)).ask("x")
     with pytest.raises(ValueError, match="must start with http"):
         judge.Judge("ftp://x", "m")
+
+
+def test_one_bad_answer_costs_one_row(endpoint, capsys):
+    text, codes = planted()
+    asked = judge.Judge(endpoint.url, "m", waits_s=())
+    endpoint.answers = clever
+    whole = judge.judged(asked, codes, text, [0, 1, 2])
+    assert capsys.readouterr().err == ""
+    for number, reply in ((4, "all of them, I think"), (3, (200, "<html>"))):  # to the second feature's two questions
+        replies = iter(range(1, 7))
+        endpoint.answers = lambda prompt, reply=reply, number=number, replies=replies: \
+            reply if next(replies) == number else clever(prompt)
+        found = judge.judged(asked, codes, text, [0, 1, 2])
+        assert found["judge_explanation"].tolist() == ["the letter a", "the letter b" if number == 4 else "",
+                                                       whole["judge_explanation"][2]]
+        assert np.isnan(found["judge_detection"][1]) and found.drop(1).equals(whole.drop(1))
+        said = capsys.readouterr().err
+        assert said.startswith("1 of the judge's answers could not be read") and said.count("\n") == 1
+
+
+def test_a_judge_that_fails_for_good_keeps_what_was_judged(endpoint, capsys):
+    text, codes = planted()
+    replies = iter(range(1, 9))
+    endpoint.answers = lambda prompt: clever(prompt) if next(replies) <= 2 else (402, "pay")
+    found = judge.judged(judge.Judge(endpoint.url, "m", waits_s=()), codes, text, [0, 1, 2])
+    assert found["feature"].tolist() == [0, 1, 2] and found["judge_detection"].isna().tolist() == [False, True, True]
+    assert len(endpoint.seen) == 3, "not asked again after it failed"
+    assert re.match("no more was asked from feature 1 on: the judge at .*HTTP 402", capsys.readouterr().err)
+    with pytest.raises(ConnectionError, match="HTTP 402"):  # nothing to keep
+        judge.judged(judge.Judge(endpoint.url, "m", waits_s=()), codes, text, [0, 1, 2])
+    with pytest.raises(UnicodeEncodeError):  # a mistake of ours is no bad answer
+        judge.judged(judge.Judge(endpoint.url, "m", "k\u20acy", waits_s=()), codes, text, [0, 1, 2])
+
+
+def test_broken_http_is_a_sentence(endpoint):
+    endpoint.length = 1000  # more than is sent
+    endpoint.answers = lambda prompt: "short"
+    with pytest.raises(ConnectionError, match="failed 2 times .IncompleteRead.*check the address"):
+        judge.Judge(endpoint.url, "m", waits_s=(0,)).ask("x")
+    assert len(endpoint.seen) == 2
+    for url in ("http://127.0.0.1:port/v1", "http://127.0.0.1:9/v 1"):
+        with pytest.raises(ConnectionError, match=r"failed \(.*check the address"):
+            judge.Judge(url, "m", waits_s=(9,)).ask("x")
 
 
 def test_a_slow_server_is_given_up(endpoint):

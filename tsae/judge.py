@@ -5,8 +5,10 @@ of Paulo et al. 2024, after Bills et al. 2023: explain a feature from contexts o
 firings from random positions by that explanation. Documents are quoted as JSON: to the judge they are data.
 """
 
+import http.client
 import json
 import re
+import sys
 import time
 import urllib.error
 import urllib.request
@@ -28,6 +30,10 @@ DETECT = ("A feature of a language model is said to fire on: {}\nBelow is a JSON
           "Answer with a JSON list of their numbers only, such as [1, 4].\n")
 
 
+class Unread(ValueError):
+    """An answer came, but not one that can be read."""
+
+
 @dataclass(frozen=True)
 class Judge:
     """A chat model at `url` (".../v1" or ".../v1/chat/completions"); `api_key` "" sends none.
@@ -47,7 +53,7 @@ class Judge:
             raise ValueError(f"the judge's url is {self.url!r}: it must start with http:// or https://")
 
     def ask(self, prompt: str) -> str:
-        """The model's answer. Raises ConnectionError or ValueError with what the endpoint said."""
+        """The model's answer. Raises ConnectionError or Unread with what the endpoint said."""
         url = self.url.rstrip("/")
         url = url if url.endswith("/chat/completions") else url + "/chat/completions"
         body = dict(model=self.model, temperature=0, messages=[dict(role="user", content=prompt)])
@@ -60,8 +66,10 @@ class Judge:
                     return _content(reply.read(), url)
             except urllib.error.HTTPError as error:
                 said, passes = f"HTTP {error.code} {error.reason}", error.code in (408, 429) or error.code >= 500
-            except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
-                said, passes = str(getattr(error, "reason", error)), True
+            except http.client.InvalidURL as error:
+                said, passes = str(error), False
+            except (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError) as error:
+                said, passes = str(getattr(error, "reason", error)) or type(error).__name__, True
             if not passes or wait is None:
                 tried = f" {len(self.waits_s) + 1} times" if passes else ""
                 raise ConnectionError(f"the judge at {url} failed{tried} ({said}): check the address, the model's name "
@@ -78,8 +86,8 @@ class Judge:
         answer = self.ask(DETECT.format(explanation) + json.dumps(numbered))
         found = re.findall(r"\[[\d,\s]*\]", answer)
         if not found:
-            raise ValueError(f"the judge {self.model!r} answered {answer[:200]!r} where a list of numbers was asked "
-                             "for: take a model that follows instructions")
+            raise Unread(f"the judge {self.model!r} answered {answer[:200]!r} where a list of numbers was asked "
+                         "for: take a model that follows instructions")
         return np.isin(np.arange(1, len(excerpts) + 1), [int(number) for number in re.findall(r"\d+", found[-1])])
 
 
@@ -89,7 +97,7 @@ def _content(reply: bytes, url: str) -> str:
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, IndexError, TypeError):
         content = None
     if not isinstance(content, str):
-        raise ValueError(f"{url} answered with something else than a chat completion: {reply[:200]!r}")
+        raise Unread(f"{url} answered with something else than a chat completion: {reply[:200]!r}")
     return content
 
 
@@ -106,26 +114,41 @@ def judged(judge: Judge, codes: csc_array, text: Text, features: list[int], exam
 
     Explained by `examples` firings of the fit half, evenly over the ranks of the codes; detection: balanced accuracy
     over as many held-out firings, chosen alike, and as many random silent positions, shuffled. nan where either half is
-    silent.
+    silent or an answer could not be read. What was judged is kept, as it may have been paid for: stderr is told how many
+    answers could not be read, and where a judge that had answered failed for good, after which no more is asked.
     """
     p, j, _ = firings(codes)
-    random, rows = np.random.default_rng(seed), []
+    random, rows, unread, answered, lost = np.random.default_rng(seed), [], [], False, ""
     shown, asked = spread(codes, text.fit, examples), spread(codes, ~text.fit, examples)
     for feature in tqdm(features, "judging", leave=False):
         fired, row = p[asked[j[asked] == feature]], dict(feature=feature)
         known = p[shown[j[shown] == feature]]
         silent = np.setdiff1d(np.flatnonzero(~text.fit), p[j == feature])
         row |= dict(judge_explanation="", judge_detection=np.nan)
-        if len(fired) and len(known) and len(silent):
-            explanation = judge.explain([excerpt(text, i) for i in known])
-            silent = random.choice(silent, min(len(fired), len(silent)), replace=False)
-            places, true = np.r_[fired, silent], np.repeat([True, False], [len(fired), len(silent)])
-            order = random.permutation(len(places))
-            said = judge.detect(explanation, [excerpt(text, i) for i in places[order]])
-            right = said == true[order]
-            row |= dict(judge_explanation=explanation,
-                        judge_detection=(right[true[order]].mean() + right[~true[order]].mean()) / 2)
         rows.append(row)
+        if lost or not (len(fired) and len(known) and len(silent)):
+            continue
+        silent = random.choice(silent, min(len(fired), len(silent)), replace=False)
+        places, true = np.r_[fired, silent], np.repeat([True, False], [len(fired), len(silent)])
+        order = random.permutation(len(places))
+        try:
+            row["judge_explanation"] = judge.explain([excerpt(text, i) for i in known])
+            answered = True
+            said = judge.detect(row["judge_explanation"], [excerpt(text, i) for i in places[order]])
+        except Unread as error:
+            unread.append(str(error))
+        except ConnectionError as error:
+            if not answered:
+                raise
+            lost = f"no more was asked from feature {feature} on: {error}"
+        else:
+            right = said == true[order]
+            row["judge_detection"] = (right[true[order]].mean() + right[~true[order]].mean()) / 2
+    if unread:
+        print(f"{len(unread)} of the judge's answers could not be read (nan in their rows), such as: {unread[0]}",
+              file=sys.stderr)
+    if lost:
+        print(lost, file=sys.stderr)
     return pd.DataFrame(rows)
 
 
