@@ -76,7 +76,8 @@ def run(notebook: Path, parameters: dict[str, object], folder: Path, tables: dic
     print(f"{label}  running", flush=True)
     started = time.monotonic()
     executed.parent.mkdir(parents=True, exist_ok=True)
-    papermill.execute_notebook(str(notebook), str(executed), parameters, progress_bar=sys.stderr.isatty())
+    papermill.execute_notebook(str(notebook), str(executed), parameters, progress_bar=sys.stderr.isatty(),
+                               extra_arguments=["--IPKernelApp.log_level=ERROR"])  # no warning that loopback is not encrypted
     seconds = time.monotonic() - started
     store.write_json(done, dict(key=key, parameters=parameters, seconds=round(seconds, 1)))
     print(f"{label}  done in {seconds:.0f} s", flush=True)
@@ -124,6 +125,8 @@ def main(arguments: list[str] | None = None) -> None:
     settings = read_preset(options.preset) | assigned
     only = options.only or [str(number) for number in settings.pop("only", [])]
     settings.pop("only", None)
+    if options.publish and settings:
+        raise SystemExit("--publish is for the defaults: the README speaks of the embedded model")
     notebooks = sorted(NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"))
     wanted = [path for path in notebooks if not only or path.name[:2] in only]
     missing = set(only) - {path.name[:2] for path in notebooks}
@@ -144,8 +147,6 @@ def main(arguments: list[str] | None = None) -> None:
             what = f"{error.ename}: {error.evalue}" if hasattr(error, "ename") else str(error)
             raise SystemExit(f"{path.stem} stopped: {what}\nIts copy is in {folder / 'notebooks'}") from None
     if options.publish:
-        if settings:
-            raise SystemExit("--publish is for the defaults: the README speaks of the embedded model")
         publish(folder)
     evidence = folder / "tables" / "evidence.csv"
     if evidence.is_file() and wanted[-1].stem == "05_figures":

@@ -61,7 +61,8 @@ def evidence(results: Path) -> str:
             return ""
         return f"{row.ours}" + ("" if pd.isna(row.low) else f" [{row.low:.3g}, {row.high:.3g}]")
 
-    return markdown([{"claim": row.claim, "paper": row.paper, "ours": ours(row), "verdict": row.verdict}
+    return markdown([{"claim": row.claim, "paper": row.paper, "ours": ours(row), "verdict": row.verdict,
+                      "criterion": "" if pd.isna(row.criterion) else row.criterion}
                      for row in store.read_table(results / "evidence.csv").itertuples()])
 
 
