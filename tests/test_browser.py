@@ -429,8 +429,13 @@ def test_a_feature_and_its_hostile_text(chromium, pages, address):
     assert dict(bars)["Promotes"] == [visible[token] for name in ("promoted", "suppressed") for token, _ in found[name]]
     label = chromium.run("document.querySelector('svg.histogram').getAttribute('aria-label')")
     assert label.endswith(f"; {', '.join(map(str, found['histogram']))} positions")
-    assert chromium.run("document.title") == chromium.run("document.querySelector('h1').textContent") == \
-        "<i>Title</i></title><script>window.hacked=1</script>"
+    title = "<i>Title</i></title><script>window.hacked=1</script>"
+    assert chromium.run("document.querySelector('h1').textContent") == title
+    token = WORDS.index("</script><script>window.hacked=1</script>")
+    for hash, page in (("#sae=1&feature=7", "Feature 7, with table"), ("#sae=0", "plain <i>"), ("#sae=1", "with table"),
+                       (f"#token={token}", f"Token {WORDS[token]}"), ("#token=", "Compare a token")):
+        chromium.run(f"location.hash = {json.dumps(hash)}")
+        chromium.until(f"document.title === {json.dumps(f'{page} - {title}')}")
     chromium.open(address + "#sae=1&feature=0", "document.querySelector('#feature .error')")
     assert "does not fire" in chromium.run("document.querySelector('.error').textContent")
     assert chromium.run("typeof window.hacked") == "undefined" and chromium.trouble() == []
@@ -515,29 +520,37 @@ def test_twelve_thousand_features(chromium, tmp_path):
     scores.insert(0, "feature", np.arange(n))
     tokens = {token: dict(features=[(5, 0.5, 1.5)], l0=3.0) for token in set(text.t.tolist())}
     pages = browser.Pages("many", n, scores, shown, tokens, torch.nn.functional.normalize(torch.randn(n, 8), dim=1))
-    chromium.open("about:blank", "true")
-    watch = chromium.call("Page.addScriptToEvaluateOnNewDocument", source="(function look() {"
-                          "if (document.querySelector('tr.at')) window.drawn = performance.now();"
-                          "else requestAnimationFrame(look) })()")
-    chromium.open(browser.write(tmp_path / "many", text, [pages]).as_uri(), "window.drawn")
-    chromium.call("Page.removeScriptToEvaluateOnNewDocument", identifier=watch["identifier"])
+    address = browser.write(tmp_path / "many", text, [pages]).as_uri()
     timed = ("(() => {{ const start = performance.now(); {}; document.body.offsetHeight;"
              "return performance.now() - start }})()")
-    took = dict(open=chromium.run("window.drawn"))
-    took["sort"] = chromium.run(timed.format("document.querySelectorAll('th button')[3].click()"))
-    assert chromium.run(FEATURES)[:9] == scores["score_2"].sort_values(ascending=False).index[:9].tolist()
-    assert chromium.run("document.querySelectorAll('#scroll tbody tr').length") < 80
-    took["search"] = chromium.run(timed.format(
-        "const field = document.getElementById('search'); field.value = 'fires:ab score_1>0.5';"
-        "field.dispatchEvent(new Event('input'))"))
-    assert 0 < len(chromium.run(FEATURES)) < 80
-    chromium.run("location.hash = '#sae=0'")
-    chromium.until(f"document.getElementById('count').textContent === '{n:,} features'")
-    chromium.press("End")
-    assert chromium.run("document.activeElement.textContent") == str(n - 1)
-    took["feature"] = chromium.run(
-        "new Promise(done => { const start = performance.now(); location.hash = '#sae=0&feature=9999';"
-        f"(function look() {{ {HEADING}.startsWith('Feature 9999')"
-        "  ? done(performance.now() - start) : setTimeout(look) })() })")
-    print({name: f"{milliseconds:.0f} ms" for name, milliseconds in took.items()})
-    assert max(took.values()) < 3000 and chromium.trouble() == []
+
+    def once() -> dict[str, float]:
+        """Milliseconds until the first row is drawn, and of each later step until the page is laid out."""
+        chromium.open("about:blank", "true")
+        watch = chromium.call("Page.addScriptToEvaluateOnNewDocument", source="(function look() {"
+                              "if (document.querySelector('tr.at')) window.drawn = performance.now();"
+                              "else requestAnimationFrame(look) })()")
+        chromium.open(address, "window.drawn")
+        chromium.call("Page.removeScriptToEvaluateOnNewDocument", identifier=watch["identifier"])
+        took = dict(open=chromium.run("window.drawn"))
+        took["sort"] = chromium.run(timed.format("document.querySelectorAll('th button')[3].click()"))
+        assert chromium.run(FEATURES)[:9] == scores["score_2"].sort_values(ascending=False).index[:9].tolist()
+        assert chromium.run("document.querySelectorAll('#scroll tbody tr').length") < 80
+        took["search"] = chromium.run(timed.format(
+            "const field = document.getElementById('search'); field.value = 'fires:ab score_1>0.5';"
+            "field.dispatchEvent(new Event('input'))"))
+        assert 0 < len(chromium.run(FEATURES)) < 80
+        chromium.run("location.hash = '#sae=0'")
+        chromium.until(f"document.getElementById('count').textContent === '{n:,} features'")
+        chromium.press("End")
+        assert chromium.run("document.activeElement.textContent") == str(n - 1)
+        took["feature"] = chromium.run(
+            "new Promise(done => { const start = performance.now(); location.hash = '#sae=0&feature=9999';"
+            f"(function look() {{ {HEADING}.startsWith('Feature 9999')"
+            "  ? done(performance.now() - start) : setTimeout(look) })() })")
+        assert chromium.trouble() == []
+        return took
+
+    best = pd.DataFrame([once() for _ in range(3)]).min()  # of three: the machine may be busy
+    print({name: f"{milliseconds:.0f} ms" for name, milliseconds in best.items()})
+    assert (best < 1000).all(), best.to_dict()

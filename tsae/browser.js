@@ -412,6 +412,9 @@ async function route() {
   state.token = id("token", text.strings.length);
   const view = params.has("token") ? "token" : state.feature !== null ? "feature" : "list";
   for (const name of ["list", "feature", "token"]) $(name).hidden = name !== view;
+  const named = about.saes[state.sae].name, page = { list: named, feature: `Feature ${state.feature}, ${named}`,
+    token: state.token === null ? "Compare a token" : `Token ${token(state.token)}` }[view];
+  document.title = `${page} - ${about.title}`;
   const tab = (to, current, title, ...label) =>
     link(to, { title, ...(current && { "aria-current": "page" }) }, ...label);
   $("tabs").replaceChildren(...about.saes.map(({ name, n, live }, sae) =>
