@@ -19,13 +19,13 @@ from tsae.scores import firings, spread
 
 
 def effects(lm, sae: SAE, layer: int, codes: csc_array, text: Text, rows: torch.Tensor, contexts: int = 2,
-            before: int = 32, top: int = 8, batch: int = 512) -> pd.DataFrame:
+            before: int = 0, top: int = 8, batch: int = 512) -> pd.DataFrame:
     """The change in the next-token distribution when each live feature is ablated or boosted at its own firings.
 
-    `contexts` firings of each feature, evenly over the ranks of its codes (m, n), in text cut to BOS and the `before`
-    tokens up to and with it; there code x decoder row is subtracted from, or once more added to, the residual of that
-    one position at `layer`. One pass gives the clean, ablated and boosted distributions of a batch. `rows` (N, T) are
-    the text's tokens. Columns: feature, contexts; kl_ablate, kl_boost: KL(clean || patched) in nats, means over
+    `contexts` firings of each feature, evenly over the ranks of its codes (m, n), each at the end of its row up to there
+    (`before` > 0: of BOS and the last `before` tokens, faster; what a feature reads further back is then lost): code x
+    decoder row is subtracted from, or once more added to, the residual of that one position at `layer`. One pass gives
+    the clean, ablated and boosted distributions of a batch. `rows` (N, T) are the text's tokens. Columns: feature, contexts; kl_ablate, kl_boost: KL(clean || patched) in nats, means over
     contexts; promoted, suppressed: the `top` tokens whose probability differs most between boosted and ablated;
     direct_promoted, direct_suppressed: by direct logit attribution, the decoder row times the unembedding;
     direct_agreement: correlation over the vocabulary of that attribution with the change in log-probability.
@@ -47,7 +47,7 @@ def effects(lm, sae: SAE, layer: int, codes: csc_array, text: Text, rows: torch.
 def _effects(lm, sae, layer, rows, row, column, live, of, code, before, top, batch, readers) -> pd.DataFrame:
     """`effects` of the features `live` (f,): context i is at row[i], column[i], of feature live[of[i]]."""
     kl, moved = torch.zeros(2, len(live)), torch.zeros(2, len(live), lm.vocabulary)
-    length = np.minimum(column, before)
+    length = np.minimum(column, before) if before else column
     for size in np.unique(length):
         for part in np.split(group := np.flatnonzero(length == size), range(batch, len(group), batch)):
             columns = np.c_[np.zeros((len(part), 1), int), column[part, None] + np.arange(1 - size, 1)]
