@@ -3,6 +3,7 @@
 import os
 import shutil
 import signal
+import weakref
 from copy import deepcopy
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from conftest import tiny_network
 from torch.nn.functional import embedding, normalize
 
-from tsae import activations, checkpoints, train
+from tsae import activations, checkpoints, kernels, train
 from tsae.activations import Memory, Shuffled, collect
 from tsae.evaluate import nmse
 from tsae.lm import LM
@@ -397,6 +398,117 @@ def test_a_signal_writes_a_checkpoint_and_leaves(kind, raised, tmp_path):
     train.fit(sae, mixed(x, t, 50), 1000, folder=tmp_path)
     train.fit(uninterrupted, mixed(x, t, 50), 1000)
     assert all(torch.equal(v, sae.state_dict()[name]) for name, v in uninterrupted.state_dict().items())
+
+
+def test_a_checkpoint_of_other_settings_is_refused_by_name(tmp_path):
+    x, t, _ = planted(1000)
+
+    def trained(activation="topk", quick=False, number=1, **how):
+        runs = [train.Run(started(activation=activation), 200, **how) for _ in range(number)]
+        return train.fit_all(runs, mixed(x, t, 50), quick, tmp_path, checkpoint_every_s=0)
+
+    trained()
+    for changes, sentence in ((dict(activation="relu"), "activation 'topk' .asked for: 'relu'.: go on with its settings"),
+                              (dict(lr=0.1), r"an SAE with lr 0.001 \(asked for: 0.1\): go"), (dict(quick=True), "quick False"),
+                              (dict(schedule="cosine", aux_weight=0.0), "schedule 'decay' .*aux_weight 0.03125"),
+                              (dict(number=2), "of 1 SAEs, and 2 are")):
+        with pytest.raises(ValueError, match=sentence):
+            trained(**changes)
+    trained()
+
+
+def test_nothing_of_a_checkpoint_stays_in_memory(tmp_path, monkeypatch):
+    x, t, _ = planted(1000)
+    cut = PowerCut(Memory(x, t), 50, 0)
+    cut.at, places, newest = 10, set(), checkpoints.newest
+    with pytest.raises(RuntimeError, match="power cut"):
+        train.fit(started(), cut, 1000, folder=tmp_path, checkpoint_every_s=0)
+
+    class State(dict):
+        pass
+
+    def tensors(held):
+        for value in held.values() if isinstance(held, dict) else held:
+            yield from tensors(value) if isinstance(value, (dict, list)) else [value]
+
+    def noted(*_):
+        held = State(newest(tmp_path))
+        places.update(v.data_ptr() for v in tensors(held) if isinstance(v, torch.Tensor))
+        refs.append(weakref.ref(held))
+        return held
+    refs, run = [], train.Run(started(), 1000)
+    monkeypatch.setattr(train.parallel, "newest", noted)
+
+    class Looks(Shuffled):
+        def __next__(self):
+            assert refs[0]() is None
+            now = [v.data_ptr() for v in tensors(run.state()) if isinstance(v, torch.Tensor)]
+            assert len(now) > 10 and (self.given > 10 or not places & set(now))
+            return super().__next__()
+    train.fit_all([run], Looks(Memory(x, t), 50, 0), folder=tmp_path)
+
+
+def test_the_sae_that_diverges_is_named_and_in_no_checkpoint(tmp_path):
+    x, t, _ = planted(1000)
+    runs = [train.Run(started(activation=activation), 500, seed=seed) for seed, activation in ((3, "topk"), (4, "relu"))]
+    runs[1].sae.W_dec.data[:] = float("nan")
+    with pytest.raises(FloatingPointError, match=r"relu SAE \(n 8, k 2, lookup learned, seed 4\) is nan after 0 tokens"):
+        train.fit_all(runs, mixed(x, t, 50))
+    sae = started()
+    sae.W_lookup.data[7] = float("inf")  # a token that does not occur
+    for every, folder in ((0, tmp_path), (60, None)):
+        with pytest.raises(FloatingPointError, match=r"W_lookup of the topk SAE \(n 8, .* infinite values after"):
+            train.fit(sae, mixed(x[t != 7], t[t != 7], 50), 500, folder=folder, checkpoint_every_s=every)
+    assert checkpoints.newest(tmp_path) is None
+
+
+def test_only_steps_are_quick():
+    seen = []
+
+    class Watched(SAE):
+        def loss(self, *arguments):
+            seen.append(("step", kernels._quick))
+            return super().loss(*arguments)
+
+    class Source(Shuffled):
+        def __next__(self):
+            seen.append(("source", kernels._quick))
+            return super().__next__()
+    runs = [train.Run(Watched(D, N, "topk", 2, V, "learned").start(torch.zeros(D), seed=seed), 200, checks=3,
+                      check=lambda sae: seen.append(("check", kernels._quick)) or {"a": 1}) for seed in (0, 1)]
+    histories = train.fit_all(runs, Source(Memory(*planted(500)[:2]), 50, 0), quick=True)
+    assert set(seen) == {("step", True), ("source", False), ("check", False)} and not kernels._quick
+    assert [history.a.sum() for history in histories] == [2, 2]  # the first two points fall into one batch
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("memory_gb", [4.0, 1e-3])
+def test_a_kill_between_two_saes_of_a_pass_loses_nothing(memory_gb, data, tmp_path, passes, monkeypatch):
+    jobs, kept, keep, steps, step = JOBS[:3], [], train._Job.keep, [], train.Run.step
+
+    def dies(self, *arguments):
+        if len(kept) == 1:
+            raise Killed
+        kept.append(self)
+        keep(self, *arguments)
+    with monkeypatch.context() as patch:
+        patch.setattr(train._Job, "keep", dies)
+        with pytest.raises(Killed):
+            train.sweep(tmp_path, data[0], jobs, checkpoint_every_s=0)
+    stale = tmp_path / "unfinished" / "stale"
+    train.store.write_json(stale / train.PLAN, dict(places=[kept[0].place.name]))
+    other = tmp_path / "unfinished" / "other"
+    train.store.write_json(other / train.PLAN, dict(places=[kept[0].place.name, "of another sweep"]))
+    monkeypatch.setattr(train.Run, "step", lambda *a: steps.append(1) or step(*a))
+    places = train.sweep(tmp_path, data[0], jobs[::-1], memory_gb)
+    assert not steps and [len(runs) for runs in passes] == [3, 3]
+    assert [path.name for path in (tmp_path / "unfinished").iterdir()] == ["other"]
+    for place, job in zip(places, jobs[::-1]):
+        alone = train.trained(tmp_path / "alone", data[0], **job)[0]
+        assert all(torch.equal(value, alone.state_dict()[name]) for name, value in SAE.load(place).state_dict().items())
 
 
 def test_runs_on_one_pass_have_one_length():

@@ -24,6 +24,12 @@ CHUNK = 4 << 20  # pre-activations held at once on a CPU: they stay in its cache
 _quick = False
 
 
+@cache
+def _keep_memory() -> None:
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        libc.mallopt(-4, 0), libc.mallopt(-1, 2**31 - 1)  # M_MMAP_MAX: no maps of their own; M_TRIM_THRESHOLD: keep the heap
+
+
 @contextmanager
 def quick_products(on: bool) -> Iterator[None]:
     """Inside, the products of this module take bfloat16 (CPU) or tf32 (GPU) inputs, and the CPU keeps freed memory.
@@ -34,10 +40,9 @@ def quick_products(on: bool) -> Iterator[None]:
     """
     global _quick
     before, was = torch.backends.cuda.matmul.fp32_precision, _quick
-    if on and sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        libc.mallopt(-4, 0), libc.mallopt(-1, 2**31 - 1)  # M_MMAP_MAX: no maps of their own; M_TRIM_THRESHOLD: keep the heap
     try:
         if on:
+            _keep_memory()
             torch.backends.cuda.matmul.fp32_precision = "tf32"
         _quick = on
         yield

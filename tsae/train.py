@@ -84,14 +84,20 @@ class Run:
     Adam on everything but the table, RowAdam with `table_lr` (units of the SAE's scale) on the table; both follow
     `schedule` over `tokens`. `sparsity` rises linearly over the first `sparsity_warmup` of training. A feature is dead when
     it has not fired for `dead_after_tokens`. `check(sae) -> dict` adds columns to the history at `checks` points, spaced
-    evenly in log tokens (fewer where one batch crosses several).
+    evenly in log tokens (fewer where one batch crosses several). `seed` only names the SAE where something goes wrong.
     """
 
     def __init__(self, sae: SAE, tokens: int, lr: float = 1e-3, table_lr: float = 1e-2, schedule: str = "decay",
                  last_lr: float = 0.0, sparsity: float = 0.0, sparsity_warmup: float = 0.05,
                  dead_after_tokens: int = 200_000, aux_weight: float = 1 / 32, check: Callable[[SAE], dict] | None = None,
-                 checks: int = 0, log_every_tokens: int = 50_000):
+                 checks: int = 0, log_every_tokens: int = 50_000, seed: int | None = None):
         learning_rate(0.0, schedule, last_lr)  # an unknown schedule is refused here
+        self.settings = sae.config | dict(
+            tokens=tokens, lr=lr, table_lr=table_lr, schedule=schedule, last_lr=last_lr, sparsity=sparsity,
+            sparsity_warmup=sparsity_warmup, dead_after_tokens=dead_after_tokens, aux_weight=aux_weight, checks=checks,
+            log_every_tokens=log_every_tokens, seed=seed)
+        self.name = f"{sae.activation} SAE (n {sae.n}, k {sae.k}, lookup {sae.lookup}" + (
+            ")" if seed is None else f", seed {seed})")
         self.sae, self.tokens, self.schedule, self.last_lr = sae.train(), tokens, schedule, last_lr
         sae.kth_largest = parallel.kth_largest  # batchtopk: over the shares of all ranks
         self.sparsity, self.warmup_tokens = sparsity, max(1.0, sparsity_warmup * tokens)
@@ -114,8 +120,8 @@ class Run:
         weight = self.sparsity * min(1.0, (self.seen + 1) / self.warmup_tokens)
         out = self.sae.loss(x, t, weight, self.silent >= self.dead_after_tokens, self.aux_weight)
         if not torch.isfinite(out["loss"]):
-            raise FloatingPointError(f"the loss is {out['loss'].item()} after {self.seen} tokens: lower `lr`, or check the "
-                                     "activations for outliers")
+            raise FloatingPointError(f"the loss of the {self.name} is {out['loss'].item()} after {self.seen} tokens: lower "
+                                     "`lr`, or check the activations for outliers")
         torch.autograd.backward(out["loss"])  # nnsight replaces Tensor.backward by one that reads source code, in no thread
         fired = parallel.share(self.sae, out["fired"])
         for optimiser, _ in self.optimisers:
@@ -126,11 +132,18 @@ class Run:
         self.silent = torch.where(fired, 0, self.silent + tokens)
         return out
 
-    def log(self, x: torch.Tensor, out: dict[str, torch.Tensor]) -> None:
-        """Add a line to the history where one is due after the step on x (b, d) that gave `out`."""
+    def all_finite(self) -> None:
+        """Raises FloatingPointError that names the parameters with NaN or infinite values, if any has."""
+        wrong = [name for name, p in self.sae.named_parameters() if not torch.isfinite(p).all()]
+        if wrong:
+            raise FloatingPointError(f"{', '.join(wrong)} of the {self.name} have NaN or infinite values after {self.seen} "
+                                     "tokens: lower `lr`, or check the activations for outliers")
+
+    def log(self, x: torch.Tensor, out: dict[str, torch.Tensor]) -> bool:
+        """Add a line to the history where one is due after the step on x (b, d) that gave `out`; whether it lacks a check."""
         checking = bool(self.due) and self.seen >= min(self.due[0], self.tokens)
         if not (checking or self.seen - self.logged >= self.log_every_tokens or self.seen >= self.tokens):
-            return
+            return False
         self.logged = self.seen
         z = x / self.sae.scale
         line = dict(loss=out["loss"].item(), l0=(out["codes"] > 0).sum().item() / len(x),
@@ -139,24 +152,57 @@ class Run:
         self.history.append(dict(tokens=self.seen) | parallel.average(line))
         if checking:
             self.due = [point for point in self.due if point > self.seen]
-            if self.check:
-                self.history[-1] |= self.check(self.sae.eval())
-                self.sae.train()
+        return checking and self.check is not None
+
+    def look(self) -> None:
+        """Add the columns of `check` to the newest line."""
+        self.history[-1] |= self.check(self.sae.eval())
+        self.sae.train()
 
     def state(self) -> checkpoints.State:
-        """Everything that the rest of the run depends on, but for its settings."""
+        """Everything that the rest of the run depends on, and its settings, but for `check`."""
         optimisers = {str(i): {str(j): state for j, state in optimiser.state_dict()["state"].items()}
                       for i, (optimiser, _) in enumerate(self.optimisers)}
-        return dict(sae=self.sae.state_dict(), optimisers=optimisers, silent=self.silent, seen=self.seen,
-                    logged=self.logged, due=self.due, history=self.history)
+        return dict(settings=self.settings, sae=self.sae.state_dict(), optimisers=optimisers, silent=self.silent,
+                    seen=self.seen, logged=self.logged, due=self.due, history=self.history)
 
     def restore(self, state: checkpoints.State) -> None:
+        """Go on as after `state`, of which no memory is shared: its tensors may be maps of a file."""
         self.sae.load_state_dict(state["sae"])
         for i, (optimiser, _) in enumerate(self.optimisers):
-            held = {int(j): moments for j, moments in state["optimisers"][str(i)].items()}
+            held = {int(j): moments for j, moments in _cloned(state["optimisers"][str(i)]).items()}
             optimiser.load_state_dict(optimiser.state_dict() | dict(state=held))
-        self.silent = state["silent"].to(self.silent.device)
+        self.silent = _cloned(state["silent"]).to(self.silent.device)
         self.seen, self.logged, self.due, self.history = (state[name] for name in ("seen", "logged", "due", "history"))
+
+
+def _cloned(value):
+    if isinstance(value, dict):
+        return {name: _cloned(held) for name, held in value.items()}
+    return value.clone() if isinstance(value, torch.Tensor) else value
+
+
+def _restore(runs: list[Run], source: Iterator[Pair], quick: bool, folder: Path, sharded: bool) -> None:
+    """Bring runs and source to where the newest checkpoint in `folder` is, if there is one.
+
+    Raises ValueError that names the settings in which it is not one of these runs.
+    """
+    held = parallel.newest(folder, sharded)
+    if not held:
+        return
+    if len(held["runs"]) != len(runs):
+        raise ValueError(f"the checkpoint in {folder} is of {len(held['runs'])} SAEs, and {len(runs)} are to be trained: go on "
+                         "with the same ones, or choose another folder")
+    for i, run in enumerate(runs):
+        there = held["runs"][str(i)].get("settings", {}) | dict(quick=held.get("quick"))
+        differ = [f"{name} {there.get(name)!r} (asked for: {value!r})" for name, value in
+                  (run.settings | dict(quick=quick)).items() if there.get(name) != value]
+        if differ:
+            raise ValueError(f"the checkpoint in {folder} is of an SAE with {', '.join(differ)}: go on with its settings, or "
+                             "choose another folder")
+    source.restore(_cloned(held["source"]))
+    for i, run in enumerate(runs):
+        run.restore(held["runs"][str(i)])
 
 
 def fit_all(runs: list[Run], source: Iterator[Pair], quick: bool = False, folder: Path | None = None,
@@ -166,21 +212,19 @@ def fit_all(runs: list[Run], source: Iterator[Pair], quick: bool = False, folder
     Small SAEs are trained side by side, one thread each. In a process group (see `parallel`) every rank makes the same
     call, with a `source` of its share of each batch. With `folder`, a checkpoint is written there every
     `checkpoint_every_s` seconds and on Ctrl-C or SIGTERM; the same call then goes on from the newest whole one, bit for bit
-    (`source` must have state() and restore()). `quick` is for `quick_products`. Raises ValueError when the source ends
-    early, FloatingPointError when a loss is not finite.
+    (`source` must have state() and restore()). `quick`: the steps, and nothing else, run inside `quick_products`. Raises
+    ValueError when the source ends early or the checkpoint is of other settings, FloatingPointError when a loss or a
+    parameter is not finite; a checkpoint never holds such a one.
     """
     tokens = runs[0].tokens
     if any(run.tokens != tokens for run in runs):
         raise ValueError(f"runs on one pass need one length, got {sorted({run.tokens for run in runs})} tokens")
     sharded = any(hasattr(run.sae, "sharded") for run in runs)
-    held = parallel.newest(folder, sharded) if folder else None
-    if held:
-        source.restore(held["source"])
-        for i, run in enumerate(runs):
-            run.restore(held["runs"][str(i)])
+    if folder:
+        _restore(runs, source, quick, folder, sharded)
     quiet = {} if parallel.main() else dict(disable=True)  # one bar is enough
     saved = time.monotonic()
-    with (quick_products(quick), checkpoints.stoppable() as stop, _side_by_side(runs) as each,
+    with (checkpoints.stoppable() as stop, _side_by_side(runs) as each,
           tqdm(total=tokens, initial=runs[0].seen, desc=label, unit="tok", unit_scale=True, leave=False,
                **quiet) as progress):
         while runs[0].seen < tokens:
@@ -189,18 +233,23 @@ def fit_all(runs: list[Run], source: Iterator[Pair], quick: bool = False, folder
                 raise ValueError(f"{tokens} tokens of training were asked for, the activations ended after "
                                  f"{runs[0].seen}: give more text, or train on fewer")
             x, t = x.to(runs[0].silent.device), t.to(runs[0].silent.device)
-            for run, out in zip(runs, each(Run.step, runs, repeat(x), repeat(t))):
-                run.log(x, out)
+            with quick_products(quick):
+                checking = [run for run, out in zip(runs, each(Run.step, runs, repeat(x), repeat(t))) if run.log(x, out)]
+            for run in checking:
+                run.look()
             progress.update(runs[0].seen - progress.n)
             due = bool(folder) and time.monotonic() - saved >= checkpoint_every_s
             asked = parallel.any_rank(stop.signal or due, runs[0].silent.device)  # 1: a checkpoint; more: a signal
             if folder and asked:
+                for run in runs:
+                    run.all_finite()
                 parallel.save(folder, runs[0].seen, dict(
-                    source=source.state(), runs={str(i): run.state() for i, run in enumerate(runs)}), sharded)
+                    quick=quick, source=source.state(), runs={str(i): run.state() for i, run in enumerate(runs)}), sharded)
                 saved = time.monotonic()
             if asked > 1:
                 checkpoints.Stop(asked).leave()
     for run in runs:
+        run.all_finite()
         run.sae.eval()
     return [pd.DataFrame(run.history) for run in runs]
 
@@ -324,22 +373,46 @@ def sweep(folder: Path, data: Data, jobs: list[dict], memory_gb: float = 4.0, ch
     """Train the SAEs of `jobs` that are not in `folder` yet; returns where each lies, in order.
 
     A job holds the arguments of `trained`. SAEs of one seed see the same batches in one pass, as many at a time as
-    `memory_gb` allows; what an interruption leaves is gone on with. Raises ValueError for a job that cannot fit, or for an
-    unknown recipe or change.
+    `memory_gb` allows; a pass that was interrupted is gone on with first, as it was planned, whatever `memory_gb` is now.
+    Raises ValueError for a job that cannot fit, or for an unknown recipe or change.
     """
     jobs = [_Job(folder, data, **job) for job in jobs]
-    missing = {job.place: job for job in jobs if not job.done}
-    for group in _groups(list(missing.values()), memory_gb):
-        unfinished = folder / "unfinished" / store.key(places=[job.place.name for job in group])
+    known = {job.place.name: job for job in jobs}
+    begun = [[known[name] for name in names] for place, names in _planned(folder)
+             if known.keys() >= set(names) and not all(known[name].done for name in names) and any(place.glob("[0-9]*"))]
+    taken = {job.place for group in begun for job in group}
+    missing = [job for job in known.values() if not job.done and job.place not in taken]
+    for group in begun + list(_groups(missing, memory_gb)):
+        names = [job.place.name for job in group]
+        unfinished = folder / "unfinished" / store.key(places=names)
+        store.write_json(unfinished / PLAN, dict(places=names))
         saes = [job.build(data) for job in group]
         runs = [job.run(sae) for job, sae in zip(group, saes)]
         label = f"{len(group)} SAEs" if len(group) > 1 else f"{saes[0].activation} {'+ table ' * (saes[0].lookup != 'none')}"
         histories = fit_all(runs, data.source(group[0].seed), group[0].quick, unfinished, checkpoint_every_s,
                             f"{label} seed {group[0].seed}")
         for job, sae, history in zip(group, saes, histories):
-            job.keep(sae, history)
+            if not job.done:
+                job.keep(sae, history)
         shutil.rmtree(unfinished, ignore_errors=True)
+    for place, names in _planned(folder):  # what passes of another plan left
+        if all(name in known and known[name].done for name in names):
+            shutil.rmtree(place, ignore_errors=True)
     return [job.place for job in jobs]
+
+
+PLAN = "jobs.json"  # in the folder of an unfinished pass: which SAEs it trains, in their order
+
+
+def _planned(folder: Path) -> list[tuple[Path, list[str]]]:
+    """The folders of unfinished passes, and the names of the SAEs that each was to train."""
+    found = []
+    for plan in sorted((folder / "unfinished").glob(f"*/{PLAN}")):
+        try:
+            found.append((plan.parent, [str(name) for name in store.read_json(plan)["places"]]))
+        except (ValueError, KeyError, TypeError):  # damaged: nobody knows what its pass was
+            shutil.rmtree(plan.parent, ignore_errors=True)
+    return found
 
 
 def trained(folder: Path, data: Data, **job) -> tuple[SAE, pd.DataFrame]:
@@ -379,7 +452,7 @@ class _Job:
         return build(data, *(self.settings[name] for name in ("activation", "n", "k", "lookup", "seed")), self.how)
 
     def run(self, sae: SAE) -> Run:
-        own = ("tokens", "lr", "sparsity", "checks", "dead_after_tokens")
+        own = ("tokens", "lr", "sparsity", "checks", "dead_after_tokens", "seed")
         return Run(sae, check=self.check, table_lr=self.how["table_lr"] or self.settings["lr"],
                    **{name: self.settings[name] for name in own},
                    **{name: self.how[name] for name in ("schedule", "last_lr", "aux_weight")})
