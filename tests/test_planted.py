@@ -5,7 +5,7 @@ kinds could change places unseen.
 """
 
 from itertools import permutations
-from math import cosh, exp, factorial, log, log2
+from math import exp, factorial, log2
 
 import numpy as np
 import pytest
@@ -25,6 +25,7 @@ INERT, TWIN = 5, 6  # beside the five: a decoder row that the model cannot read,
 RATES = {TOKEN: 1 / 10, BIGRAM: 1 / 100, SKIP: 1 / 100, TOPIC: 0.4 * 0.3, PLACE: 8 / 63}
 JITTER = 0.2**2 / 12  # variance of the codes, uniform in 0.9 .. 1.1, which nothing predicts
 PRIOR = 2  # of the ladder
+SCALE = 2.0  # of the SAE
 GAINS = {TOKEN: 1.0, BIGRAM: 1.2, SKIP: 1.4, TOPIC: 1.6, PLACE: 1.8}  # of the hand-made unembedding
 PROMOTED, SUPPRESSED = "ABCDE", "VWXYZ"
 
@@ -36,6 +37,18 @@ def h(p: float) -> float:
 
 def poisson(mean: float, of) -> float:
     return sum(exp(-mean) * mean**k / factorial(k) * of(k) for k in range(60))
+
+
+def hand_made_logs(kind: int, code: float) -> np.ndarray:
+    """Log-probabilities (257,) of the hand-made model with one kind's code so, those of the others 1.
+
+    Its stream is one unit of a direction that nothing reads and SCALE x code of each row; the final norm makes its
+    length sqrt(16). The first five logits are those of the promoted tokens, then the suppressed, then all others.
+    """
+    codes = SCALE * np.where(np.arange(5) == kind, code, 1)
+    read = 4 * codes / (1 + codes @ codes)**0.5 * np.array(list(GAINS.values()))
+    logits = np.r_[read, -read, np.zeros(247)]
+    return logits - np.log(np.exp(logits).sum())
 
 
 def expected() -> dict[tuple[int, str], tuple]:
@@ -84,13 +97,13 @@ def expected() -> dict[tuple[int, str], tuple]:
                       recall=(0.5, 0.499), rule_f1=(p / (1 + p), p / (1 + p) + 0.03))
         table |= {(kind, score): at if kind == TOPIC else (1, 1e-6) for score, at in chance.items()}
         table[kind, "frequency"] = (p, 0.2 * p)
-        # The hand-made model predicts all V tokens alike, and a code of 1 beside a stream of norm 1 comes out of the
-        # final norm as sqrt(d) / sqrt(2) along the row: logits +- g, for one token and another, and 0 for the rest.
-        g = GAINS[kind] * (16 / 2)**0.5
-        for score in ("kl_ablate", "kl_boost"):
-            kl = log((257 - 2 + 2 * cosh(g)) / 257)
-            table[kind, score] = (kl, 0.06 * kl)
-        table[kind, "direct_agreement"] = (1, 1e-4)
+        clean, ablated, boosted = (hand_made_logs(kind, code) for code in (1, 0, 2))
+        for score, after in (("kl_ablate", ablated), ("kl_boost", boosted)):
+            kl = float(np.exp(clean) @ (clean - after))
+            table[kind, score] = (kl, 0.03 * kl)
+        direct = np.zeros(257)
+        direct[[kind, 5 + kind]] = 1, -1
+        table[kind, "direct_agreement"] = (np.corrcoef(boosted - ablated, direct)[0, 1], 0.005)
         table[kind, "token_share"] = (float(kind == TOKEN), 0.01)
         table[kind, "nearest_cosine"] = (0.98 if kind == TOKEN else 0, 1e-4)
         table[kind, "split"] = ({TOKEN: 2, BIGRAM: 1, SKIP: 1}.get(kind, 0), 0)
@@ -106,8 +119,8 @@ SAID = {TOKEN: "the token: 'a'", BIGRAM: "the last 2 tokens: 'bc'", PLACE: "the 
 def hand_made() -> tuple[LM, SAE, torch.Tensor]:
     """A model that adds nothing to its stream, an SAE for it, and unigrams that vary along the one token's row.
 
-    Every position holds one direction u. Row `kind` of the decoder is read by two tokens, +gain and -gain; the inert
-    row is that of ones, which LayerNorm takes out.
+    Every position holds SCALE x the five kinds' rows, and one more direction. Row `kind` of the decoder is read by two
+    tokens, +gain and -gain; the inert row is that of ones, which LayerNorm takes out.
     """
     network, tokenizer = tiny_network("gpt2"), byte_tokenizer()
     ones = torch.full((16, 1), 0.25)
@@ -117,13 +130,13 @@ def hand_made() -> tuple[LM, SAE, torch.Tensor]:
         for last in (block.attn.c_proj, block.mlp.c_proj):
             last.weight.zero_(), last.bias.zero_()
     network.transformer.wpe.weight.zero_()
-    network.transformer.wte.weight.copy_(basis[14].expand(257, 16))
+    network.transformer.wte.weight.copy_(basis[14] + SCALE * basis[:5].sum(0))
     head = torch.zeros(257, 16)
     for kind, gain in GAINS.items():
         for letters, sign in ((PROMOTED, 1), (SUPPRESSED, -1)):
             head[tokenizer.encode(letters[kind])[0]] = sign * gain * basis[kind]
     network.lm_head.weight = torch.nn.Parameter(head)
-    sae = SAE(16, 7, "relu")
+    sae = SAE(16, 7, "relu", scale=SCALE)
     sae.W_dec.copy_(torch.cat([basis[:5], ones.T, 0.98 * basis[:1] + (1 - 0.98**2)**0.5 * basis[5:6]]))
     unigrams = torch.randn(400, 4, generator=torch.Generator().manual_seed(1)) @ basis[[0, 6, 7, 8]]
     return LM(network, tokenizer, "hand-made"), sae, 3 + unigrams
@@ -152,7 +165,10 @@ def test_a_kind_lands_where_it_belongs(found, kind, score):
 def test_a_kind_is_told_in_words(found, kind):
     one = found.loc[kind]
     assert one.promoted == one.direct_promoted == repr(PROMOTED[kind])
-    assert one.suppressed == one.direct_suppressed == repr(SUPPRESSED[kind])
+    assert one.direct_suppressed == repr(SUPPRESSED[kind])
+    # Probability moves from the likeliest rival, not from the token that was unlikely before.
+    moved = np.exp(hand_made_logs(kind, 2)) - np.exp(hand_made_logs(kind, 0))
+    assert one.suppressed == repr((PROMOTED + SUPPRESSED)[moved[:10].argmin()])
     assert one.explanation == SAID.get(kind, one.explanation) and (kind == TOPIC) == (one.explanation not in
                                                                                     SAID.values())
 
