@@ -214,7 +214,7 @@ def killed(folder, where, tokens):
 
     process = fork.Process(target=run)
     process.start()
-    process.join()
+    process.join(300)
     assert process.exitcode in (0, -signal.SIGKILL)
     return process.exitcode != 0
 
@@ -244,7 +244,7 @@ def test_a_kill_from_outside_at_random_times_loses_nothing(tmp_path, whole):
         process.start()
         time.sleep(at.uniform(0.005, 0.12))
         process.kill()
-        process.join()
+        process.join(300)
     for i in range(3):
         make(tmp_path / f"{i}")
         assert contents(tmp_path / f"{i}") == whole
@@ -281,7 +281,7 @@ def test_two_processes_at_once_share_the_work(tmp_path, whole):
     until((tmp_path / "passes").exists)
     processes[1].start()
     for process in processes:
-        process.join()
+        process.join(300)
     assert [process.exitcode for process in processes] == [0, 0] and contents(tmp_path / "store") == whole
     assert (tmp_path / "passes").read_text() == 10 * "0" and not (tmp_path / "said0").read_text()
 

@@ -134,6 +134,14 @@ def test_old_files_and_folds_agree_with_the_documented_arithmetic(tmp_path, acti
     assert metadata.items() >= expected.items() and sae.W_enc.dtype == torch.float32
 
 
+@pytest.mark.parametrize("value, said", [("none", False), (None, False), (False, False), (True, True),
+                                         ("expected_average_only_in", True), ("covariance_whitening", True)])
+def test_a_normalisation_that_may_not_be_folded_is_told_of(value, said, tmp_path, capsys):
+    folder = edit(save_saelens(trained("relu"), tmp_path, **NAMES), V5, {"normalize_activations": value}, None)
+    load_saelens(str(folder))
+    assert ("taken for those that SAELens writes when training ends" in capsys.readouterr().err) == said
+
+
 @pytest.mark.parametrize("activation, cfg, changes, weights, words", [
     ("relu", None, {"architecture": "matching_pursuit"}, None, "matching_pursuit.*supported: standard, topk"),
     ("relu", V5, {"activation_fn_str": "tanh-relu"}, None, "tanh-relu.*supported: relu, topk"),

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from contextlib import nullcontext
+from datetime import timedelta
 from pathlib import Path
 
 import pandas as pd
@@ -41,7 +42,7 @@ def rank_of(world: int, rank: int, port: int, job, arguments) -> None:
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1",
                       MASTER_PORT=str(port), TQDM_DISABLE="1")
     torch.set_num_threads(1)
-    with parallel.start("cpu") if job is not command_line else nullcontext():
+    with parallel.start("cpu") if job not in (command_line, alone_of_two) else nullcontext():
         job(*arguments)
 
 
@@ -49,7 +50,7 @@ def launched(world: int, job, *arguments) -> list:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    ranks = [SERVER.Process(target=rank_of, args=(world, rank, port, job, arguments)) for rank in range(world)]
+    ranks = [SERVER.Process(target=rank_of, args=(world, rank, port, job, arguments), daemon=True) for rank in range(world)]
     for process in ranks:
         process.start()
     return ranks
@@ -57,10 +58,13 @@ def launched(world: int, job, *arguments) -> list:
 
 def run(world: int, job, *arguments) -> None:
     """job(*arguments) on every rank of `world`, to its end."""
-    ranks = launched(world, job, *arguments)
-    for process in ranks:
-        process.join(100)
-    assert [process.exitcode for process in ranks] == [0] * world
+    ranks, deadline = launched(world, job, *arguments), time.monotonic() + 150
+    try:
+        for process in ranks:
+            process.join(max(0.0, deadline - time.monotonic()))
+        assert [process.exitcode for process in ranks] == [0] * world
+    finally:
+        killed(ranks)
 
 
 def pairs(m: int = 900) -> tuple[torch.Tensor, torch.Tensor]:
@@ -256,6 +260,27 @@ def test_one_process_needs_no_group(tmp_path):
         sharded.encode(pairs()[0])
 
 
+def patience(folder: Path) -> None:
+    group = torch.distributed.distributed_c10d._get_default_group()
+    (folder / f"rank{parallel.rank()}").write_text(str(group._get_backend(torch.device("cpu")).options._timeout))
+
+
+def alone_of_two(folder: Path) -> None:
+    parallel.MEET, os.environ["WORLD_SIZE"] = timedelta(seconds=1), "2"
+    try:
+        with parallel.start("cpu"):
+            pass
+    except ConnectionError as error:
+        (folder / "heard").write_text(str(error))
+
+
+def test_ranks_meet_soon_or_never_and_then_wait_for_each_other(tmp_path):
+    run(2, patience, tmp_path)
+    assert [(tmp_path / f"rank{rank}").read_text() for rank in range(2)] == [str(parallel.WAIT)] * 2
+    run(1, alone_of_two, tmp_path)
+    assert "rank 0 did not meet all 2 ranks at 127.0.0.1" in (tmp_path / "heard").read_text()
+
+
 def resumable(folder: Path, sharded: bool, stall: tuple[int, str, int] | None = None) -> None:
     """Train with a checkpoint at every step. With `stall`, that rank waits for ever at its n-th call of a function."""
     if stall and stall[0] == parallel.rank():
@@ -282,7 +307,7 @@ def killed(ranks: list) -> None:
         if process.exitcode is None:
             os.kill(process.pid, signal.SIGKILL)
     for process in ranks:
-        process.join()
+        process.join(100)
 
 
 def result(folder: Path) -> list[str]:
@@ -298,12 +323,14 @@ def test_kill_all_ranks_at_any_instant_and_go_on_gives_the_same_bits(sharded, tm
         folder = tmp_path / str(point)
         folder.mkdir()
         ranks = launched(2, resumable, folder, sharded, stall)
-        deadline = time.monotonic() + 30
-        while time.monotonic() < deadline and not (folder / ("stalled" if stall else "unfinished")).exists():
-            time.sleep(0.005)
-        time.sleep(0.1 if stall else 0.3 * dice.random())  # 0.1: the other rank is done with its own by then
-        assert stall is None or (folder / "stalled").exists()
-        killed(ranks)
+        try:
+            deadline = time.monotonic() + 150
+            while time.monotonic() < deadline and not (folder / ("stalled" if stall else "unfinished")).exists():
+                time.sleep(0.005)
+            time.sleep(0.1 if stall else 0.3 * dice.random())  # 0.1: the other rank is done with its own by then
+            assert stall is None or (folder / "stalled").exists()
+        finally:
+            killed(ranks)
         run(2, resumable, folder, sharded)
         assert result(folder) == wanted, f"kill point {point}: {stall}"
         shutil.rmtree(folder)
@@ -355,6 +382,27 @@ def test_the_command_under_torchrun(command, tmp_path):
     for name in ("run", "dealt"):
         pd.testing.assert_frame_equal(pd.read_csv(tmp_path / name / "history.csv"), wanted, rtol=0.02)
         assert SAE.load(tmp_path / name).config == SAE.load(tmp_path / "alone").config
+
+
+def test_a_run_that_was_begun_goes_on_in_its_own_way_only(command, tmp_path, monkeypatch):
+    line, step, left = [*command, "--out", str(tmp_path / "run"), "--checkpoint-every-s", "0"], train.Run.step, [1] * 5
+
+    def cut(*arguments):
+        if not left:
+            raise KeyboardInterrupt
+        left.pop()
+        return step(*arguments)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train.Run, "step", cut)
+        scaleout.main(line)
+    for change, sentence in ((["--store-gb", "0"], "begun with streamed False.*--store-gb makes it True.*another --out"),
+                             (["--shard-features"], "begun with shard_features False.*give the --shard-features")):
+        with pytest.raises(SystemExit, match=sentence):
+            scaleout.main([*line, *change])
+    steps = []
+    monkeypatch.setattr(train.Run, "step", lambda *a: steps.append(1) or step(*a))
+    scaleout.main([*line, "--store-gb", "50"])  # still a store
+    assert len(steps) == -(-6000 // 256) - 5 and not (tmp_path / "run/unfinished").exists()
 
 
 def test_the_command_says_what_is_wrong(command, tmp_path, capsys):

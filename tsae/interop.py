@@ -7,12 +7,14 @@ and x_hat + W_lookup[t] is this package's reconstruction.
 """
 
 import re
+import sys
 from pathlib import Path
 
 import huggingface_hub
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from tqdm import tqdm
 
 from tsae import store
 from tsae.sae import SAE
@@ -22,7 +24,7 @@ CONFIG, WEIGHTS, TABLE = "cfg.json", "sae_weights.safetensors", "lookup.safetens
 ARCHITECTURES = {"standard": {"b_enc": "b_enc"}, "topk": {"b_enc": "b_enc"},
                  "jumprelu": {"b_enc": "b_enc", "log_threshold": "threshold"},
                  "gated": {"b_enc": "b_gate", "r_mag": "r_mag", "b_mag": "b_mag"}}
-# The second and third normalisation are folded when training ends, and do nothing in use.
+# The second and third normalisation are folded when training ends, and do nothing in use: unless a folder was saved before.
 SUPPORTED = {"architecture": tuple(ARCHITECTURES), "activation_fn": ("relu", "topk"), "reshape_activations": ("none",),
              "normalize_activations": ("none", "expected_average_only_in", "covariance_whitening")}
 RENAMED = {"hook_point": "hook_name", "hook_point_head_index": "hook_head_index", "activation_fn_str": "activation_fn"}
@@ -59,6 +61,11 @@ def _config(file: Path) -> tuple[dict, dict]:
     for key, supported in SUPPORTED.items():
         if cfg.get(key) not in supported:
             raise ValueError(f"{file} has {key} {cfg.get(key)!r}; supported: {', '.join(supported)}")
+    if (how := cfg["normalize_activations"]) != "none":
+        tqdm.write(f"{file} has normalize_activations {how!r}: its weights are taken for those that SAELens writes when "
+                   "training ends, with the normalisation folded into them. If they were saved before (SAELens keeps "
+                   "the factor of some published SAEs elsewhere), x must be scaled first: compare the error with the published one",
+                   file=sys.stderr)
     d, n, k = sizes = [cfg.get(key) for key in ("d_in", "d_sae", "k")]
     if not all(isinstance(size, int) and size > 0 for size in sizes) or cfg["architecture"] == "topk" and k > n:
         raise ValueError(f"{file} has d_in {d!r}, d_sae {n!r}, k {k!r}; expected whole numbers from 1, k at most d_sae")

@@ -19,6 +19,7 @@ from tsae import checkpoints
 from tsae.kernels import top
 
 BUCKET = 16 << 20  # gradients sent at once, in entries: few messages, and no second copy of all of them
+MEET = timedelta(minutes=5)  # that all ranks are started within so long is taken for granted
 WAIT = timedelta(hours=24)  # rank 0 may work on a store of activations for so long; that a rank died is noticed at once
 
 
@@ -44,8 +45,8 @@ def main() -> bool:
 def start(device: str = "auto") -> Iterator[str]:
     """Inside, this process is a rank of the group that torchrun's environment describes, if it does; yields the device.
 
-    Raises ValueError where that environment has gaps or the machine has fewer GPUs than ranks, ConnectionError when
-    another rank has ended.
+    Raises ValueError where that environment has gaps or the machine has fewer GPUs than ranks, ConnectionError when not
+    all ranks meet, or another one has ended.
     """
     cuda = device.startswith("cuda") or device == "auto" and torch.cuda.is_available()
     device = "cuda" if device == "auto" and cuda else "cpu" if device == "auto" else device
@@ -64,7 +65,14 @@ def start(device: str = "auto") -> Iterator[str]:
         torch.cuda.set_device(local)
     # The first optimiser imports this; if a group exists by then, it is held to the end, where gloo's threads abort.
     importlib.import_module("torch._dynamo")
-    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=WAIT)
+    try:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=MEET)
+    except (dist.DistError, RuntimeError) as error:
+        raise ConnectionError(f"rank {os.environ['RANK']} did not meet all {os.environ['WORLD_SIZE']} ranks at "
+                              f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} within {MEET} ({error}): see what "
+                              "the others say, and start all of them again") from None
+    dist.distributed_c10d._set_pg_timeout(WAIT)
+    dist.distributed_c10d._get_default_store().set_timeout(WAIT)  # nccl's ranks meet there at their first message
     failed = True
     try:
         yield f"cuda:{local}" if cuda else device

@@ -62,6 +62,8 @@ def run(options: argparse.Namespace, device: str) -> None:
         lm = lms.load(options.model, options.bos_token, device)
         wanted = options.text_tokens or options.train_tokens
         rows = text.tokens(options.corpus, lm.tokenizer, min(options.context, lm.max_context), wanted, options.context)
+        layout = dict(streamed=not train.fits(lm, rows["train"], options.store_gb), shard_features=options.shard_features)
+        _go_on(options.out / "unfinished", layout)
         data = train.prepare(lm, rows["train"], options.layer, options.batch, store_gb=options.store_gb,
                              folder=store.CACHE / "activations")
         store.write_json(noted, settings)
@@ -73,7 +75,7 @@ def run(options: argparse.Namespace, device: str) -> None:
     sae = Sharded(sae).to(device) if options.shard_features else sae
     history = train.fit(sae, data.source(options.seed), options.train_tokens, quick=True, folder=options.out / "unfinished",
                         checkpoint_every_s=options.checkpoint_every_s, lr=options.lr, sparsity=options.sparsity,
-                        table_lr=how["table_lr"] or options.lr, dead_after_tokens=options.dead_after_tokens,
+                        table_lr=how["table_lr"] or options.lr, dead_after_tokens=options.dead_after_tokens, seed=options.seed,
                         **{name: how[name] for name in ("schedule", "last_lr", "aux_weight")})
     if options.shard_features or parallel.main():
         sae.save(options.out)
@@ -82,6 +84,20 @@ def run(options: argparse.Namespace, device: str) -> None:
         shutil.rmtree(options.out / "unfinished", ignore_errors=True)
         print(f"trained on {history.tokens.iloc[-1]} tokens by {parallel.world()} ranks, nmse {history.nmse.iloc[-1]:.3f} at "
               f"the end; the SAE is in {options.out}", flush=True)
+
+
+def _go_on(unfinished: Path, layout: dict[str, bool]) -> None:
+    """Note how this run goes. Raises ValueError where the run that was begun in this folder cannot go on so."""
+    noted, words = unfinished / "layout.json", {"streamed": "--store-gb", "shard_features": "--shard-features"}
+    begun = next(unfinished.rglob("state.json"), None) is not None
+    if begun and noted.is_file():
+        there = store.read_json(noted)
+        for name, word in words.items():
+            if there.get(name) != layout[name]:
+                raise ValueError(f"{unfinished.parent} holds a run that was begun with {name} {there.get(name)}, and this "
+                                 f"{word} makes it {layout[name]}: give the {word} that it was begun with, or choose another "
+                                 "--out")
+    store.write_json(noted, layout)
 
 
 def main(arguments: list[str] | None = None) -> None:
