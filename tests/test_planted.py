@@ -187,7 +187,8 @@ def test_no_two_kinds_could_change_places(found):
         if {kind, other} == {BIGRAM, SKIP}:
             apart = {"r2_2", "auc_2"}
         elif {kind, other} <= local:
-            apart = {"r2_1", "auc_1", "complexity_1"} | {f"{name}_{by}" for name in ("bits", "told") for by in WEIGHTINGS}
+            apart = {"r2_1", "auc_1", "complexity_1"}
+            apart |= {f"{name}_{by}" for name in ("bits", "told") for by in WEIGHTINGS}
         elif {kind, other} <= {TOPIC, PLACE}:  # no window of tokens tells these two apart, but a rule does
             apart = {"detection", "detection_mass", "fuzzing", "precision", "rule_f1"}
         else:
@@ -206,7 +207,7 @@ def test_the_table_holds_for_other_streams(seed):
 
 
 def test_probes_find_the_planted_features():
-    """A token, a bigram and a topic that are attributes of the text; a skip-gram and a position that are none."""
+    """A token, a bigram, a topic and a position that are attributes of the text; a skip-gram that is none."""
     random, tokenizer = np.random.default_rng(0), byte_tokenizer()
     head = tokenizer.encode("Args\n")
     drawn = random.choice(tokenizer.encode("a1 .\nb"), (400, 63))
@@ -220,7 +221,7 @@ def test_probes_find_the_planted_features():
     assert (listed == (topical[text.row] & (text.column > len(head)))).mean() > 0.99
     number, held_by = back[0] == one, back[1] == a
     fires = np.stack([number & ~held_by, (back[1] == line) & (back[0] == a), (back[2] == dot) & (back[0] == b),
-                      listed & (random.random(len(listed)) < 0.3), (text.column >= 16) & (text.column < 24),
+                      listed & (random.random(len(listed)) < 0.3), text.column <= 4,
                       number & held_by], 1)
     codes = csc_array((fires * random.uniform(0.9, 1.1, fires.shape)).astype(np.float32))
     best = quality.probes(codes, text).set_index("attribute")
@@ -234,9 +235,16 @@ def test_probes_find_the_planted_features():
     for name in ("a number", "in a parameter list"):
         assert best.auc_feature[name] == attributes[name][0]
         assert best.auc[name] == pytest.approx((1 + attributes[name][1]) / 2, abs=0.02)
+    # The first four columns hold new tokens only, "Args", in 0.4 of the rows, whose 63 columns hold 10 in all; in the
+    # rest so many distinct draws of six letters, of which a row holds all.
+    hits, true = 0.4 * 4 + 0.6 * 6 * (1 - (5 / 6)**4), 0.4 * 10 + 0.6 * 6
+    first = best.loc["first occurrence"]
+    assert first.f1_feature == first.auc_feature == PLACE
+    assert first.f1 == pytest.approx(2 * hits / (4 + true), abs=0.02)
+    assert first.auc == pytest.approx((1 + hits / true - (4 - hits) / (63 - true)) / 2, abs=0.02)
     number = best.loc["a number"]
     assert number.specialists == 1 and number.absorbed == 1 and number.beside == 0
-    assert not best.f1_feature[list(attributes)].isin([SKIP, PLACE]).any()
+    assert SKIP not in best.f1_feature[[*attributes, "first occurrence"]].tolist()
 
 
 def test_rare_token_features_look_more_complex_than_they_are():

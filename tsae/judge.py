@@ -114,8 +114,8 @@ def judged(judge: Judge, codes: csc_array, text: Text, features: list[int], exam
 
     Explained by `examples` firings of the fit half, evenly over the ranks of the codes; detection: balanced accuracy
     over as many held-out firings, chosen alike, and as many random silent positions, shuffled. nan where either half is
-    silent or an answer could not be read. What was judged is kept, as it may have been paid for: stderr is told how many
-    answers could not be read, and where a judge that had answered failed for good, after which no more is asked.
+    silent or an answer could not be read. What was judged is kept, as it may have been paid for: stderr is told how
+    many answers could not be read, and where a judge that had answered failed for good, after which no more is asked.
     """
     p, j, _ = firings(codes)
     random, rows, unread, answered, lost = np.random.default_rng(seed), [], [], False, ""
