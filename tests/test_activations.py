@@ -212,7 +212,7 @@ def killed(folder, where, tokens):
         make(folder, noted(residuals), tokens=tokens)
         os._exit(0)
 
-    process = fork.Process(target=run)
+    process = fork.Process(target=run, daemon=True)
     process.start()
     process.join(300)
     assert process.exitcode in (0, -signal.SIGKILL)
@@ -240,7 +240,7 @@ def test_a_kill_at_any_instant_loses_nothing(tmp_path, whole):
 def test_a_kill_from_outside_at_random_times_loses_nothing(tmp_path, whole):
     at = random.Random(0)
     for i in range(12):
-        process = fork.Process(target=make, args=(tmp_path / f"{i % 3}", slow))
+        process = fork.Process(target=make, args=(tmp_path / f"{i % 3}", slow), daemon=True)
         process.start()
         time.sleep(at.uniform(0.005, 0.12))
         process.kill()
@@ -276,7 +276,7 @@ def test_two_processes_at_once_share_the_work(tmp_path, whole):
         make(tmp_path / "store", counted)
 
     (tmp_path / "said1").touch()
-    processes = [fork.Process(target=run, args=(number,)) for number in range(2)]
+    processes = [fork.Process(target=run, args=(number,), daemon=True) for number in range(2)]
     processes[0].start()
     until((tmp_path / "passes").exists)
     processes[1].start()

@@ -64,8 +64,8 @@ def _config(file: Path) -> tuple[dict, dict]:
     if (how := cfg["normalize_activations"]) != "none":
         tqdm.write(f"{file} has normalize_activations {how!r}: its weights are taken for those that SAELens writes when "
                    "training ends, with the normalisation folded into them. If they were saved before (SAELens keeps "
-                   "the factor of some published SAEs elsewhere), x must be scaled first: compare the error with the published one",
-                   file=sys.stderr)
+                   "the factor of some published SAEs elsewhere), scale x first: compare the error with the published "
+                   "one", file=sys.stderr)
     d, n, k = sizes = [cfg.get(key) for key in ("d_in", "d_sae", "k")]
     if not all(isinstance(size, int) and size > 0 for size in sizes) or cfg["architecture"] == "topk" and k > n:
         raise ValueError(f"{file} has d_in {d!r}, d_sae {n!r}, k {k!r}; expected whole numbers from 1, k at most d_sae")

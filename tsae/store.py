@@ -53,8 +53,8 @@ def replacing(path: str | Path):
         os.chmod(temporary, 0o644)  # mkstemp makes files that only their owner can read
         os.replace(temporary, path)
     except SafetensorError as error:
-        raise OSError(f"{path} could not be written ({error}): free some space there or choose another folder; what was there "
-                      "before is kept") from error
+        raise OSError(f"{path} could not be written ({error}): free some space there or choose another "
+                      "folder") from error
     finally:
         Path(temporary).unlink(missing_ok=True)
 
