@@ -35,10 +35,12 @@ def test_a_state_comes_back_and_two_are_kept(tmp_path):
 
 
 def test_what_killed_processes_left_is_removed(tmp_path):
-    (tmp_path / ".abc").mkdir()
-    (tmp_path / ".abc/tensors.safetensors").write_bytes(b"half")
+    for name, age_s in ((".old", 2 * checkpoints.ABANDONED_S), (".new", 0)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "tensors.safetensors").write_bytes(b"half")
+        os.utime(tmp_path / name, (time.time() - age_s,) * 2)
     checkpoints.save(tmp_path, 1, STATE)
-    assert [path.name for path in tmp_path.iterdir()] == [f"{1:015d}"]
+    assert {path.name for path in tmp_path.iterdir()} == {f"{1:015d}", ".new"}, "a process beside this one may be writing"
 
 
 def test_only_shared_memory_is_copied(tmp_path):

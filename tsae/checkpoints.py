@@ -8,8 +8,9 @@ import signal
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from tqdm import tqdm
 
 from tsae import store
 
+ABANDONED_S = 3600  # a half-written checkpoint so old is of a process that was killed, not of one that runs beside this one
 State = dict  # nested dicts of tensors, numbers, strings and lists
 
 
@@ -32,8 +34,10 @@ def save(folder: Path, step: int, state: State) -> None:
     final, new = folder / f"{step:015d}", None
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for leftover in folder.glob(".*/"):  # of a process that was killed as it wrote
-            shutil.rmtree(leftover, ignore_errors=True)
+        for leftover in folder.glob(".*/"):
+            with suppress(FileNotFoundError):  # another process has just finished with it
+                if time.time() - leftover.stat().st_mtime > ABANDONED_S:
+                    shutil.rmtree(leftover, ignore_errors=True)
         new = Path(tempfile.mkdtemp(dir=folder, prefix="."))
         save_file(tensors, new / "tensors.safetensors")
         digest = store.digest(new / "tensors.safetensors")
