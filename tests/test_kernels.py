@@ -107,3 +107,12 @@ def test_results_are_the_same_bits_every_time():
         first, again = ([values, *torch.autograd.grad(kernels.sum_rows(values, support, W).square().sum(), [centre, W, bias])]
                         for values, support in (kernels.select_top(x, centre, W, bias, 8) for _ in range(2)))
     assert all(torch.equal(a, b) for a, b in zip(first, again))
+
+
+@pytest.mark.parametrize("m, k", [(1, 1), (7, 7), (50, 1), (50, 49)])
+def test_the_kth_of_rows_is_that_of_a_sort(m, k):
+    v = torch.randn(9, m, generator=torch.Generator().manual_seed(0))
+    v[0] = 1.0  # ties
+    before = v.clone()
+    assert torch.equal(kernels.kth_of_rows(v, k)[:, 0], v.sort(dim=1, descending=True).values[:, k - 1])
+    assert torch.equal(v, before), "what it was lent is as it was"

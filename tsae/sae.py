@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.functional import embedding, mse_loss, relu, threshold
 
-from tsae.kernels import Support, decoded, preactivations, select_top, sum_rows, sum_to_features, top
+from tsae.kernels import Support, decoded, kth_of_rows, preactivations, select_top, sum_rows, sum_to_features, top
 
 ACTIVATIONS = ("relu", "topk", "batchtopk", "jumprelu", "gated")
 LOOKUPS = ("none", "frozen", "learned")
@@ -252,7 +252,7 @@ class SAE(nn.Module):
         z = self.encoder_input(z, t).detach()
         if len(W) <= 16 * k:  # so few that whole rows of codes cost less than sorting the pairs
             pre = preactivations(z, self.b_dec.detach(), W, bias)
-            codes = relu(pre) * torch.zeros_like(pre).scatter_(1, top(pre.detach(), k), 1.0)
+            codes = relu(pre) * (pre >= kth_of_rows(pre.detach(), k))
             explained = decoded(codes, rows)
         else:
             explained = sum_rows(*select_top(z, self.b_dec.detach(), W, bias, k), rows)
