@@ -277,7 +277,8 @@ def complexity_by_frequency(table: pd.DataFrame) -> go.Figure:
     figure = px.line(table, x="frequency", y="value", color="table", markers=True, log_x=True,
                      color_discrete_map=COLOURS, error_y=table["high"] - table["value"],
                      error_y_minus=table["value"] - table["low"])
-    figure.update_xaxes(exponentformat="power", dtick=1).update_yaxes(range=[0, 1.02])
+    _log_ticks(figure.layout.xaxis, table["frequency"])
+    figure.update_yaxes(range=[0, 1.02])
     return _titled(figure, "Complexity at equal firing frequency", "firing frequency (share of positions)",
                    "share not explained by the token")
 
