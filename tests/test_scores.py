@@ -298,3 +298,11 @@ def test_no_firing_at_all_is_no_error():
     _, _, codes, text = noisy()
     assert scores.scored(csc_array(codes.shape, dtype=np.float32), text).empty
     assert isinstance(scores.scored(codes, text), pd.DataFrame)
+
+
+def test_every_score_says_what_it_means(planted):
+    _, _, codes, text = planted
+    found = scores.scored(codes, text)
+    assert list(found.columns[:len(scores.FIRST)]) == scores.FIRST
+    told = set(scores.MEANINGS) | {"feature", "frequency", "peak_code"}  # the browser itself says the last two
+    assert set(found.columns) <= told and {"nearest_cosine", "token_share"} <= told

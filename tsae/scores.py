@@ -18,6 +18,8 @@ from tsae.features import effective_number
 from tsae.heldout import LEVELS, Text, half
 from tsae.sae import SAE
 
+FIRST = ["feature", "explanation", "complexity_1", "complexity_3", "tokens_firing", "told_firing", "detection", "fuzzing",
+         "firings", "frequency", "peak_code"]  # of the columns of `scored`, the ones to look at first
 WEIGHTS = dict(peak="its strongest firings", drawn="as many firings drawn evenly", firing="all its firings",
                mass="its firings weighted by their codes")
 MEANINGS = {  # what each column of `scored` (and of quality.dictionary) says, in a few words
@@ -324,7 +326,7 @@ def scored(codes: csc_array, text: Text) -> pd.DataFrame:
     first = pd.DataFrame(dict(feature=np.arange(len(fired)), firings=fired, frequency=fired / codes.shape[0],
                               peak_code=codes.max(axis=0).toarray().ravel()))
     table = pd.concat([first, ladder(codes, text), token_statistics(codes, text), explained(codes, text)], axis=1)
-    return table[fired > 0].reset_index(drop=True)
+    return table[[*FIRST, *table.columns.drop(FIRST)]][fired > 0].reset_index(drop=True)
 
 
 def reliability(codes: csc_array, text: Text, score: Callable[[csc_array, Text], pd.DataFrame] = scored, seed: int = 1,
