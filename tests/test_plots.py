@@ -47,7 +47,8 @@ def test_show_writes_the_page_and_leaves_a_bundle(tmp_path, monkeypatch):
 @pytest.mark.parametrize("browser", ["no/such/browser", sys.executable], ids=["missing", "not a browser"])
 def test_no_chrome_costs_the_picture_only(tmp_path, monkeypatch, browser):
     """In a process of its own, with the real kaleido: it must neither raise nor wait."""
-    code = "import plotly.graph_objects as go; from tsae import plots; print(plots.show(go.Figure(), 'one'), plots.picture(go.Figure()))"
+    code = ("import plotly.graph_objects as go; from tsae import plots; "
+            "print(plots.show(go.Figure(), 'one'), plots.picture(go.Figure()))")
     told = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=os.environ | dict(TSAE_PNG="1", BROWSER_PATH=browser),
                           capture_output=True, text=True, timeout=120)
     assert told.returncode == 0 and told.stdout.endswith("None None\n"), told.stderr

@@ -220,7 +220,8 @@ def bars(table: pd.DataFrame, x: str, title: str, label: str, colour: str | None
 def speedup(table: pd.DataFrame) -> go.Figure:
     """Columns where (model, layer), metric, value, low, high: tokens the baseline needed over tokens the tokenized needed."""
     figure = px.scatter(table, x="where", y="value", color="metric", error_y=table["high"] - table["value"],
-                        error_y_minus=table["value"] - table["low"], symbol="metric", symbol_sequence=["circle", "diamond-open"])
+                        error_y_minus=table["value"] - table["low"], symbol="metric",
+                        symbol_sequence=["circle", "diamond-open"])
     figure.update_traces(marker_size=11).update_yaxes(rangemode="tozero")
     figure.add_hline(y=1, line_dash="dot", line_color="#4a5568")
     return _titled(figure, "Training speed-up: baseline tokens / tokenized tokens to the same quality", " ",
@@ -257,7 +258,8 @@ def cost(table: pd.DataFrame) -> go.Figure:
     figure.update_xaxes(matches=None)
     _log_ticks(figure.layout.yaxis, drawn["ms"])
     for axis, label in zip(figure.select_xaxes(row=1), drawn["axis"].unique()):
-        axis.update(title=label, tickangle=0, tickfont_size=11, tickvals=(sizes := sorted(drawn.loc[drawn["axis"] == label, "size"].unique())),
+        sizes = sorted(drawn.loc[drawn["axis"] == label, "size"].unique())
+        axis.update(title=label, tickangle=0, tickfont_size=11, tickvals=sizes,
                     ticktext=[f"{size:g}" if size < 10_000 else f"{size / 1000:.0f}k" for size in sizes])
     return _titled(figure.for_each_annotation(lambda a: a.update(text="")),
                    "Time of a training step; what is not on the axis is at the base size (d 768, 12k features, k 32)", "",
@@ -284,7 +286,7 @@ def complexity_by_frequency(table: pd.DataFrame) -> go.Figure:
 
 
 def plane(table: pd.DataFrame) -> go.Figure:
-    """Columns architecture, k, table, l0, complexity_1, fuzzing, one row an SAE: a point for each setting, over its seeds."""
+    """Columns architecture, k, table, l0, complexity_1, fuzzing, one row an SAE: a point a setting, over its seeds."""
     drawn = table.groupby(["architecture", "k", "table"], as_index=False)[["fuzzing", "complexity_1", "l0"]].mean()
     drawn["label"] = np.where(drawn["architecture"].isin(["topk", "batchtopk"]), "k " + drawn["k"].astype(str), "")
     figure = px.scatter(drawn, x="fuzzing", y="complexity_1", color="table", symbol="architecture", symbol_map=MARKERS,

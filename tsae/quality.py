@@ -26,9 +26,10 @@ def effects(lm, sae: SAE, layer: int, codes: csc_array, text: Text, rows: torch.
     (`before` > 0: of BOS and the last `before` tokens, faster; what a feature reads further back is then lost): code x
     decoder row is subtracted from, or once more added to, the residual of that one position at `layer`. One pass gives
     the clean, ablated and boosted distributions of a batch. `rows` (N, T) are the text's tokens. Columns: feature,
-    contexts; kl_ablate, kl_boost: KL(clean || patched) in nats, means over contexts; promoted, suppressed: the `top` tokens whose probability differs most between boosted and ablated;
-    direct_promoted, direct_suppressed: by direct logit attribution, the decoder row times the unembedding;
-    direct_agreement: correlation over the vocabulary of that attribution with the change in log-probability.
+    contexts; kl_ablate, kl_boost: KL(clean || patched) in nats, means over contexts; promoted, suppressed: the `top`
+    tokens whose probability differs most between boosted and ablated; direct_promoted, direct_suppressed: by direct
+    logit attribution, the decoder row times the unembedding; direct_agreement: correlation over the vocabulary of that
+    attribution with the change in log-probability, noise where the kl is next to nothing.
     """
     position, feature, code = firings(codes)
     picked = spread(codes, np.ones(codes.shape[0], bool), contexts)
