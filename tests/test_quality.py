@@ -270,6 +270,14 @@ def test_bins_are_those_of_a_loop():
     assert found.over["within frequency bins"] == f"{common.sum()} of 12 bins"
 
 
+def test_a_small_bin_that_is_drawn_empty_spoils_no_interval():
+    table = sweep(lambda kind, logs, k, noise: 0.3 * kind + noise, settings=(8,))
+    rare = table["frequency"] < 1e-3
+    few = table[rare].groupby(["table", "seed"]).head(5)  # all are left out in one draw of 150
+    found = quality.compare(pd.concat([table[~rare], few]), ["score"], bins=2, draws=1000).set_index("view")
+    assert found.over["within frequency bins"] == "2 of 2 bins" and found.says["within frequency bins"] == "higher"
+
+
 def test_one_seed_gives_no_interval():
     found = quality.compare(sweep(lambda kind, logs, k, noise: 0.3 * kind + noise, seeds=(0,)), ["score"], draws=10)
     assert (found["says"] == "not comparable").all() and found["difference"].notna().all()

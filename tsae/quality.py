@@ -286,7 +286,8 @@ def _told(view: tuple | None, name: str, kinds: list, measures: list[str], level
     gap, seeds = sides[1] - sides[0], sides[0].shape[1]
     half = np.full(len(measures), np.nan)
     if seeds > 1:
-        variance = np.maximum(gap[0].var(0, ddof=1), gap[1:].var(0, ddof=1).mean(0))
+        drawn = np.where(np.isfinite(gap[1:]), gap[1:], gap[0])  # a small bin can be drawn empty
+        variance = np.maximum(gap[0].var(0, ddof=1), drawn.var(0, ddof=1).mean(0))
         half = stats.t.ppf((1 + level) / 2, seeds - 1) * np.sqrt(variance / seeds)
     difference = gap[0].mean(0)
     low, high = difference - half, difference + half
