@@ -174,7 +174,7 @@ def exchange(folder: Path) -> None:
         results |= {f"{name} {size}": p.grad.to_dense() for name, p in sae.named_parameters() if p.requires_grad}
         results[f"rows {size}"], results["fired"] = sae.W_lookup.grad.coalesce().indices()[0], fired
     values = torch.randn(40, generator=torch.Generator().manual_seed(rank)) + 5 * rank
-    results["kth"] = parallel.kth_largest(values.view(4, 10), 25)
+    results["kth"] = parallel.kth_largest(values, 25)
     results["asked"] = torch.tensor([parallel.any_rank(7 * rank), parallel.any_rank(rank == 0), parallel.any_rank(False)])
     results["averaged"] = torch.tensor(list(parallel.average(dict(a=float(rank), b=0.1)).values()))
     save_file({name: value.contiguous() for name, value in results.items()}, folder / f"{rank}.safetensors")

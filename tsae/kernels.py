@@ -1,7 +1,8 @@
 """The products of a top-k step that touch k rows a position, and their derivatives: all but the encoder's one dense product.
 
-    select_top   the k largest of W (x - centre) + bias at every position, and which they are
-    sum_rows     sum_j values[b, j] W[index[b, j]]: the decoder
+    select_top    the k largest of W (x - centre) + bias at every position, and which they are
+    select_above  all of them above a bound that is taken from the whole batch
+    sum_rows      sum_j values[b, j] W[index[b, j]]: the decoder
 
 On a GPU with Triton they run the kernels of `tsae.gpu`, elsewhere the library calls below, chosen by measurement. Gathers run
 in the order of the features, so that each row of W is read once and every sum has one fixed order: results are the same
@@ -9,19 +10,21 @@ bits in every run on one machine.
 """
 
 import ctypes
+import math
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 
 import numpy as np
 import torch
-from torch.nn.functional import embedding_bag, relu
+from torch.nn.functional import embedding_bag, pad, relu
 
 from tsae import gpu
 
 CHUNK = 4 << 20  # pre-activations held at once on a CPU: they stay in its caches between the product and the selection
 _quick = False
+Bound = Callable[[torch.Tensor], torch.Tensor]
 
 
 @cache
@@ -52,14 +55,17 @@ def quick_products(on: bool) -> Iterator[None]:
 
 
 class Support:
-    """Which of n features are active where: index (b, k), and the same b * k pairs in the order of their features."""
+    """Which of n features are active where: pairs of a position and a feature, also in the order of their features.
 
-    def __init__(self, index: torch.Tensor, n: int):
-        self.index, self.n = index, n
+    index (b, k), k features at every position; or (m,) with `rows` (m,), ascending: the position of each, of b.
+    """
+
+    def __init__(self, index: torch.Tensor, n: int, rows: torch.Tensor | None = None, b: int = 0):
+        self.index, self.n, self.rows, self.b = index, n, rows, b
 
     @cached_property
     def order(self) -> torch.Tensor:
-        """(b * k,) where the pair that comes next stands in index.flatten()."""
+        """(m,) where the pair that comes next stands in index.flatten()."""
         features = self.index.flatten()
         if self.n <= 2**16 and not features.is_cuda:  # numpy sorts 16 bits by radix
             return torch.from_numpy(np.argsort(features.numpy().astype(np.uint16), kind="stable"))
@@ -71,15 +77,24 @@ class Support:
 
     @cached_property
     def position(self) -> torch.Tensor:
-        return self.order // self.index.shape[1]
+        return self.order // self.index.shape[1] if self.rows is None else self.rows[self.order]
 
     @cached_property
     def starts(self) -> torch.Tensor:
         """(n + 1,) where the pairs of each feature start."""
         if self.index.is_cuda:  # there bincount would wait for the GPU
             return torch.searchsorted(self.feature, torch.arange(self.n + 1, device=self.index.device))
-        ends = torch.bincount(self.index.flatten(), minlength=self.n).cumsum(0)
-        return torch.cat([ends.new_zeros(1), ends])
+        return _starts(self.index.flatten(), self.n)
+
+    @cached_property
+    def row_starts(self) -> torch.Tensor:
+        """(b + 1,) where the pairs of each position start in `index` (m,)."""
+        return _starts(self.rows, self.b)
+
+
+def _starts(groups: torch.Tensor, n: int) -> torch.Tensor:
+    ends = torch.bincount(groups, minlength=n).cumsum(0)
+    return torch.cat([ends.new_zeros(1), ends])
 
 
 def transpose_product(support: Support, values: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
@@ -104,16 +119,41 @@ def top(v: torch.Tensor, k: int) -> torch.Tensor:
     """Indices (b, k) of the k largest entries of each row of v (b, m), in no order.
 
     The k largest lie in the k columns with the largest maxima when a row is cut into columns: selecting these first
-    spares most of the sort, as often as it pays.
+    spares most of the work, as often as it pays.
     """
     m = v.shape[1]
-    groups = 1 << max(0, (4 * m // k).bit_length() - 1) // 2 if m > 16 * k else 1
+    groups = 1 << int(math.log2(m / k)) // 2 if m > 16 * k else 1
     if groups == 1 or m % groups:
-        return v.topk(k, dim=-1, sorted=False).indices
+        return _head(v, k)
     cut = v.view(len(v), groups, m // groups)
     columns = top(cut.amax(1), k)
     inside = top(cut.gather(2, columns.unsqueeze(1).expand(-1, groups, -1)).view(len(v), -1), k)
     return inside // k * (m // groups) + columns.gather(1, inside % k)
+
+
+def _head(v: torch.Tensor, k: int) -> torch.Tensor:
+    m = v.shape[1]
+    if v.is_cuda or v.dtype != torch.int16 or m > 2**16:
+        return v.topk(k, dim=-1, sorted=False).indices
+    # Value and place in one number: numpy partitions 32 bits many times as fast as torch selects, and no two are equal.
+    keys = ((v.int() << 16) | torch.arange(m, dtype=torch.int32)).numpy()
+    keys.partition(m - k, axis=1)
+    return torch.from_numpy(keys[:, m - k:] & 0xFFFF).long()
+
+
+def largest(values: torch.Tensor, k: int) -> torch.Tensor:
+    """The k largest of `values` (m,) in no order, filled up with zeros where there are fewer.
+
+    On a CPU, bfloat16 values below 0 are in no order either.
+    """
+    rest = len(values) - k
+    if rest < 0:
+        return pad(values, (0, -rest))
+    if values.is_cuda:
+        return values.topk(k, sorted=False).values
+    keys = (values.view(torch.int16) if values.dtype == torch.bfloat16 else values).numpy().copy()
+    keys.partition(rest)
+    return torch.from_numpy(keys[rest:]).view(values.dtype)
 
 
 def kth_of_rows(v: torch.Tensor, k: int) -> torch.Tensor:
@@ -125,11 +165,11 @@ def kth_of_rows(v: torch.Tensor, k: int) -> torch.Tensor:
     return torch.from_numpy(np.partition(v.numpy(), at, axis=1)[:, at:at + 1].copy())
 
 
-def _largest(x: torch.Tensor, W: torch.Tensor, bias: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Indices (b, k) of the largest W x + bias, and their values where they are exact (not `quick_products`)."""
+def _top(x: torch.Tensor, W: torch.Tensor, bias: torch.Tensor, k: int) -> tuple[Support, torch.Tensor | None]:
+    """The k largest W x + bias at every position, and their values where they are exact (not `quick_products`)."""
     if gpu.takes(x):
         values, index = gpu.select_top(x, W, bias, k, torch.bfloat16 if _quick else torch.float32)
-        return index, values
+        return Support(index, len(W)), values
     rows = max(64, 1 << (CHUNK // len(W)).bit_length() - 1)
     product = _bfloat16_product(W, bias, rows) if _quick else lambda part: torch.addmm(bias, part, W.T)
     chosen = []
@@ -138,8 +178,8 @@ def _largest(x: torch.Tensor, W: torch.Tensor, bias: torch.Tensor, k: int) -> tu
         # As 16-bit integers, bfloat16 values above zero keep their order and those below stay below: all that ReLU needs.
         index = top(pre.view(torch.int16) if _quick else pre, k)
         chosen.append((index, None if _quick else pre.gather(1, index)))
-    index = torch.cat([index for index, _ in chosen])
-    return index, None if _quick else torch.cat([values for _, values in chosen])
+    support = Support(torch.cat([index for index, _ in chosen]), len(W))
+    return support, None if _quick else torch.cat([values for _, values in chosen])
 
 
 @cache
@@ -156,13 +196,25 @@ def _bfloat16_product(W: torch.Tensor, bias: torch.Tensor, rows: int) -> Callabl
     return lambda x: torch.ops.mkldnn._linear_pointwise(x.bfloat16(), packed, bias, "none", [], "")
 
 
-class _SelectTop(torch.autograd.Function):
+def _above(x: torch.Tensor, W: torch.Tensor, bias: torch.Tensor, bound: Bound) -> tuple[Support, torch.Tensor | None]:
+    """The pairs whose W x + bias reach `bound`, and their values where they are exact (not `quick_products`)."""
+    if _quick:
+        pre = _bfloat16_product(W, bias, len(x))(x).flatten()
+        least = bound(pre).bfloat16().view(torch.int16).item()
+        reach = pre.view(torch.int16).numpy() > max(0, least - 2)  # a step of bfloat16 lower, for what was rounded down
+    else:
+        pre = torch.addmm(bias, x, W.T).flatten()
+        reach = (pre.numpy() > 0) & (pre.numpy() >= bound(pre).item())
+    pairs = torch.from_numpy(np.flatnonzero(reach))  # several times as fast as torch.nonzero
+    return Support(pairs % len(W), len(W), pairs // len(W), len(x)), None if _quick else pre[pairs]
+
+
+class _Select(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, centre, W, bias, k):
+    def forward(ctx, x, centre, W, bias, choose):
         inside = x - centre
-        index, values = _largest(inside, W, bias, k)
-        support = Support(index, len(W))
-        values = relu(sampled_products(support, inside, W) + bias[index] if values is None else values)
+        support, values = choose(inside, W, bias)
+        values = relu(sampled_products(support, inside, W) + bias[support.index] if values is None else values)
         ctx.save_for_backward(inside, W, values)
         ctx.support = support
         return values, support
@@ -173,8 +225,16 @@ class _SelectTop(torch.autograd.Function):
         g = g * (values > 0)
         g_bias = sum_to_features(ctx.support, g)
         g_x = sum_rows(g, ctx.support, W) if ctx.needs_input_grad[0] else None
-        g_centre = -(g_bias @ W) if ctx.needs_input_grad[1] else None
+        g_centre = -combined(g_bias, W) if ctx.needs_input_grad[1] else None
         return g_x, g_centre, transpose_product(ctx.support, g, inside), g_bias, None
+
+
+def combined(weights: torch.Tensor, W: torch.Tensor) -> torch.Tensor:
+    """sum_i weights[i] W[i] (d,): on a CPU this way reads W more than twice as fast as a product with a vector does."""
+    if W.is_cuda:
+        return weights @ W
+    every = torch.arange(len(W)).unsqueeze(0)
+    return embedding_bag(every, W, per_sample_weights=weights.unsqueeze(0), mode="sum").squeeze(0)
 
 
 def sum_to_features(support: Support, values: torch.Tensor) -> torch.Tensor:
@@ -190,7 +250,10 @@ class _SumRows(torch.autograd.Function):
         ctx.support = support
         if gpu.takes(W):
             return gpu.sum_rows(values, support.index, W)
-        return embedding_bag(support.index, W, per_sample_weights=values, mode="sum")
+        if support.rows is None:
+            return embedding_bag(support.index, W, per_sample_weights=values, mode="sum")
+        return embedding_bag(support.index, W, support.row_starts, per_sample_weights=values, mode="sum",
+                             include_last_offset=True)
 
     @staticmethod
     def backward(ctx, g):
@@ -204,11 +267,21 @@ def select_top(x: torch.Tensor, centre: torch.Tensor, W: torch.Tensor, bias: tor
 
     x (b, d), centre (d,), W (n, d), bias (n,), all float32.
     """
-    return _SelectTop.apply(x, centre, W, bias, k)
+    return _Select.apply(x, centre, W, bias, partial(_top, k=k))
+
+
+def select_above(x: torch.Tensor, centre: torch.Tensor, W: torch.Tensor, bias: torch.Tensor,
+                 bound: Bound) -> tuple[torch.Tensor, Support]:
+    """Every positive W (x - centre) + bias that reaches a bound: values (m,) and their Support; on a CPU only.
+
+    `bound` gives it for all pre-activations (b * n,), a scalar. Inside `quick_products` these are rounded to bfloat16, and
+    values up to one rounding below the bound are among the answer.
+    """
+    return _Select.apply(x, centre, W, bias, partial(_above, bound=bound))
 
 
 def sum_rows(values: torch.Tensor, support: Support, W: torch.Tensor) -> torch.Tensor:
-    """sum_j values[b, j] W[index[b, j]] (b, d)."""
+    """sum_j values[b, j] W[index[b, j]] (b, d), over the pairs of each position b."""
     return _SumRows.apply(values, support, W)
 
 
@@ -231,7 +304,7 @@ class _Preactivations(torch.autograd.Function):
         inside, W = ctx.saved_tensors
         g_bias = g.sum(0)
         g_x = product(g, W) if ctx.needs_input_grad[0] else None
-        return g_x, -(g_bias @ W), product(g.T, inside), g_bias
+        return g_x, -combined(g_bias, W), product(g.T, inside), g_bias
 
 
 class _Decoded(torch.autograd.Function):

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import nn
 
 from tsae import checkpoints
-from tsae.kernels import top
+from tsae.kernels import largest
 
 BUCKET = 16 << 20  # gradients sent at once, in entries: few messages, and no second copy of all of them
 MEET = timedelta(minutes=5)  # that all ranks are started within so long is taken for granted
@@ -116,10 +116,9 @@ def average(line: dict[str, float]) -> dict[str, float]:
 
 
 def kth_largest(values: torch.Tensor, k: int) -> torch.Tensor:
-    """The smallest of the k * world largest among all ranks' values, as many on each: SAE.kth_largest for shares."""
-    every = values.view(1, -1)
-    best = every.gather(1, top(every, min(k * world(), every.numel()))).squeeze(0)
-    return gathered(best).topk(k * world(), sorted=False).values.min() if together() else best.min()
+    """The smallest of the k * world largest among the values (m,) of all ranks: SAE.kth_largest for shares."""
+    best = largest(values, k * world())
+    return largest(gathered(best.float() if best.dtype == torch.bfloat16 else best), k * world()).min()
 
 
 def gathered(x: torch.Tensor) -> torch.Tensor:

@@ -12,6 +12,7 @@ activations, codes are in units of `scale`. Equations: Dooms and Wilhelm, arXiv 
 import json
 import math
 import os
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,7 +21,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.functional import embedding, mse_loss, relu, threshold
 
-from tsae.kernels import Support, decoded, kth_of_rows, preactivations, select_top, sum_rows, sum_to_features, top
+from tsae.kernels import (
+    Support, decoded, kth_of_rows, largest, preactivations, select_above, select_top, sum_rows, sum_to_features,
+)
 
 ACTIVATIONS = ("relu", "topk", "batchtopk", "jumprelu", "gated")
 LOOKUPS = ("none", "frozen", "learned")
@@ -186,13 +189,17 @@ class SAE(nn.Module):
         return (sum_rows(*self.selected(x / self.scale, t), self.W_dec) + self.b_dec + self.row(t)) * self.scale
 
     def selected(self, z: torch.Tensor, t: torch.Tensor | None) -> tuple[torch.Tensor, Support]:
-        """Top-k codes (b, k) of activations z (b, d) in units of `scale`, and their features."""
-        return select_top(self.encoder_input(z, t), self.b_dec, self.W_enc, self.b_enc, self.k)
+        """Codes of activations z (b, d) in units of `scale`, and their features: topk (b, k), batchtopk (m,)."""
+        weights = self.encoder_input(z, t), self.b_dec, self.W_enc, self.b_enc
+        if self.activation == "topk":
+            return select_top(*weights, self.k)
+        codes, support = select_above(*weights, partial(self._least, b=len(z)))
+        return self._kept(codes, len(z)), support
 
     def _codes(self, pre: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | float, torch.Tensor | None]:
         """From pre-activations (b, n): codes (b, n), the mean of what `sparsity` weighs, and gated's gates (b, n)."""
         if self.activation == "batchtopk":
-            return self._batch_codes(pre), 0.0, None
+            return self._kept(pre, len(pre)), 0.0, None
         if self.activation == "jumprelu":
             return *_JumpReLU.apply(pre, self.log_threshold, self.bandwidth), None
         if self.activation == "gated":
@@ -203,18 +210,21 @@ class SAE(nn.Module):
 
     @staticmethod
     def kth_largest(values: torch.Tensor, k: int) -> torch.Tensor:
-        """Of all values. Processes that share a batch put a function here that looks at the values of all of them."""
-        every = values.view(1, -1)
-        return every.gather(1, top(every, k)).min()
+        """Of all values (m,). Processes that share a batch put a function here that looks at the values of all of them."""
+        return largest(values, k).min()
 
-    def _batch_codes(self, pre: torch.Tensor) -> torch.Tensor:
-        """The k * b largest of a training batch; in use, everything above a running mean of the smallest kept."""
-        if len(pre) and (self.training or self.threshold < 0):
-            least = self.kth_largest(pre.detach(), self.k * len(pre)).clamp_min(0)
-            if self.training:
-                self.threshold.copy_(least if self.threshold < 0 else 0.9 * self.threshold + 0.1 * least)
-            return threshold_at(pre, least)
-        return threshold_at(pre, self.threshold)
+    def _least(self, values: torch.Tensor, b: int) -> torch.Tensor:
+        """batchtopk: the least value kept. The k * b-th of a training batch; in use, a running mean of what that was."""
+        if b and (self.training or self.threshold < 0):
+            return self.kth_largest(values, self.k * b).clamp_min(0)
+        return self.threshold
+
+    def _kept(self, values: torch.Tensor, b: int) -> torch.Tensor:
+        """batchtopk: the values that are kept, 0 for the others; a training batch moves the running mean."""
+        least = self._least(values.detach().flatten(), b)
+        if self.training and b:
+            self.threshold.copy_(least if self.threshold < 0 else 0.9 * self.threshold + 0.1 * least)
+        return threshold_at(values, least)
 
     def loss(self, x: torch.Tensor, t: torch.Tensor | None = None, sparsity: float = 0.0,
              dead: torch.Tensor | None = None, aux_weight: float = 1 / 32) -> dict[str, torch.Tensor]:
@@ -222,10 +232,10 @@ class SAE(nn.Module):
 
         relu, gated: sparsity x sum of codes x decoder norms; jumprelu: sparsity x L0; gated: the auxiliary error; topk and
         batchtopk: AuxK over the features marked in `dead` (n,) bool. Returns loss, z_hat (b, d) in units of `scale`,
-        fired (n,) bool, and codes: (b, k) for topk, else (b, n).
+        fired (n,) bool, and codes: as `selected` gives them for topk and, on a CPU, batchtopk, else (b, n).
         """
         z, penalty, gates = x / self.scale, 0.0, None
-        if self.activation == "topk":
+        if self.activation == "topk" or self.activation == "batchtopk" and not x.is_cuda:
             codes, support = self.selected(z, t)
             rebuilt = sum_rows(codes, support, self.W_dec)
             fired = sum_to_features(support, codes.detach()) > 0

@@ -270,8 +270,12 @@ def _side_by_side(runs: list[Run]) -> Iterator[Callable]:
     if len(runs) == 1 or cores == 1 or any(run.sae.W_enc.is_cuda or run.sae.W_enc.numel() > SMALL for run in runs):
         yield map
         return
-    with ThreadPoolExecutor(min(cores, len(runs)), initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        yield pool.map
+    torch.set_num_threads(1)  # here too: OpenMP's idle threads would spin on the cores that the runs need
+    try:
+        with ThreadPoolExecutor(min(cores, len(runs)), initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            yield pool.map
+    finally:
+        torch.set_num_threads(cores)
 
 
 @dataclass
