@@ -16,12 +16,76 @@ def problem(dtype=torch.float64, b=B, n=N, seed=0):
 
 @pytest.mark.parametrize("m, k", [(5, 5), (64, 1), (1024, 8), (1000, 3), (4096, 32), (12288, 32), (12288, 384), (97, 2)])
 @pytest.mark.parametrize("ties", [False, True])
-def test_top_is_the_head_of_a_sort(m, k, ties):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int16])
+def test_top_is_the_head_of_a_sort(m, k, ties, dtype):
     v = torch.randn(19, m, generator=torch.Generator().manual_seed(m))
-    v = (v * 3).round() if ties else v
+    v = ((v * 3).round() if ties else v * 1000).to(dtype)
     chosen = kernels.top(v, k)
     assert torch.equal(v.gather(1, chosen).sort(-1).values, v.sort(-1).values[:, -k:])
     assert all(len(set(row.tolist())) == k for row in chosen)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("m, k", [(1, 1), (50, 1), (50, 49), (50, 50), (50, 53), (4096, 300)])
+def test_the_largest_are_the_head_of_a_sort(m, k, dtype):
+    v = torch.randn(m, generator=torch.Generator().manual_seed(m)).abs().to(dtype)
+    v[::7] = 0
+    before, wanted = v.clone(), torch.cat([v, v.new_zeros(3)]).sort(descending=True).values[:k]
+    assert torch.equal(kernels.largest(v, k).sort(descending=True).values, wanted)
+    assert torch.equal(v, before), "what it was lent is as it was"
+
+
+def test_the_largest_of_bfloat16_are_right_above_zero():
+    v = torch.randn(1000, generator=torch.Generator().manual_seed(0)).bfloat16()
+    assert torch.equal(kernels.largest(v, 300).sort().values, v.sort().values[-300:])
+    assert kernels.largest(v, 800).clamp_min(0).sum() == v.clamp_min(0).sum()
+
+
+def bound_at(share):
+    return lambda pre: kernels.largest(pre, int(share * len(pre))).min()
+
+
+@pytest.mark.parametrize("share", [0.1, 0.9])  # 0.9: below zero, where nothing is active
+def test_select_above_is_the_naive_preactivations_that_reach_the_bound(share):
+    x, centre, W, bias = (tensor.detach() for tensor in problem())
+    values, support = kernels.select_above(x, centre, W, bias, bound_at(share))
+    pre = torch.stack([torch.stack([(x[b] - centre) @ W[i] + bias[i] for i in range(N)]) for b in range(B)])
+    least = pre.flatten().sort(descending=True).values[int(share * B * N) - 1]
+    assert (least > 0) == (share < 0.5)
+    wanted = [(b, i) for b in range(B) for i in range(N) if pre[b, i] >= max(least, 1e-9) - 1e-9]
+    assert list(zip(support.rows.tolist(), support.index.tolist())) == wanted
+    assert torch.allclose(values, torch.stack([pre[pair] for pair in wanted]))
+
+
+def test_select_above_has_the_derivatives_of_finite_differences():
+    def rebuilt(x, centre, W, bias, decoder):
+        return kernels.sum_rows(*kernels.select_above(x, centre, W, bias, bound_at(0.2)), decoder)
+
+    decoder = torch.randn(N, D, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(rebuilt, (*problem(b=4), decoder))
+
+
+def test_quick_products_reach_a_bound_within_a_rounding_of_bfloat16():
+    x, centre, W, bias = problem(torch.float32, b=700, n=512)
+    exact, wanted = kernels.select_above(x, centre, W, bias, bound_at(0.02))
+    with kernels.quick_products(True):
+        quick, support = kernels.select_above(x, centre, W, bias, bound_at(0.02))
+        g_quick = torch.autograd.grad(quick.square().sum(), [x, centre, W, bias])
+    pre = (x - centre) @ W.T + bias
+    assert torch.allclose(quick, pre[support.rows, support.index], atol=1e-4)
+    least, among = exact.min(), set(zip(support.rows.tolist(), support.index.tolist()))
+    assert quick.min() > least - 0.02 * least - 0.02 and len(quick) < 1.1 * len(exact)
+    missed = [value for pair, value in zip(zip(wanted.rows.tolist(), wanted.index.tolist()), exact.tolist())
+              if pair not in among]
+    assert len(missed) < 0.005 * len(exact) and all(value < 1.02 * least + 0.02 for value in missed)
+    dense = pre * torch.zeros_like(pre).index_put((support.rows, support.index), torch.tensor(1.0))
+    for ours, theirs in zip(g_quick, torch.autograd.grad(dense.square().sum(), [x, centre, W, bias])):
+        assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-2)
+
+
+def test_rows_combined_are_the_product_with_a_vector():
+    _, _, W, bias = problem()
+    assert torch.allclose(kernels.combined(bias, W), bias @ W)
 
 
 def test_select_top_is_the_head_of_the_naive_preactivations():

@@ -96,8 +96,9 @@ def test_batchtopk_keeps_k_a_position_on_average_and_remembers_the_mean_threshol
 
 @pytest.mark.parametrize("encoder_sees", ["full", "rest"])
 @pytest.mark.parametrize("lookup", ["none", "learned"])
-def test_sparse_topk_has_the_gradients_of_the_dense_computation(lookup, encoder_sees):
-    sae = random_sae("topk", lookup, encoder_sees=encoder_sees)
+@pytest.mark.parametrize("activation", ["topk", "batchtopk"])
+def test_sparse_codes_have_the_gradients_of_the_dense_computation(activation, lookup, encoder_sees):
+    sae = random_sae(activation, lookup, encoder_sees=encoder_sees)
     x, t = torch.randn(1030, D, dtype=X.dtype, requires_grad=True), torch.randint(V, (1030,))  # over a chunk of 1024
     dense = ((x - sae.decode(sae.encode(x, t), t)) / sae.scale).square().sum(-1).mean()
     wanted = torch.autograd.grad(dense, [x, *sae.parameters()])

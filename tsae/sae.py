@@ -22,7 +22,15 @@ from torch import nn
 from torch.nn.functional import embedding, mse_loss, relu, threshold
 
 from tsae.kernels import (
-    Support, decoded, kth_of_rows, largest, preactivations, select_above, select_top, sum_rows, sum_to_features,
+    Support,
+    decoded,
+    kth_of_rows,
+    largest,
+    preactivations,
+    select_above,
+    select_top,
+    sum_rows,
+    sum_to_features,
 )
 
 ACTIVATIONS = ("relu", "topk", "batchtopk", "jumprelu", "gated")
