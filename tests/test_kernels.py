@@ -45,39 +45,61 @@ def bound_at(share):
     return lambda pre: kernels.largest(pre, int(share * len(pre))).min()
 
 
-@pytest.mark.parametrize("share", [0.1, 0.9])  # 0.9: below zero, where nothing is active
-def test_select_above_is_the_naive_preactivations_that_reach_the_bound(share):
+BOUNDS = {"of the batch": bound_at(0.1), "of the batch, below zero": bound_at(0.9), "a scalar": torch.tensor(3.0),
+          "zero": torch.zeros(()), "a feature": torch.arange(N) / 8}
+
+
+@pytest.mark.parametrize("bound", BOUNDS.values(), ids=BOUNDS)
+def test_select_above_is_the_naive_preactivations_that_reach_the_bound(bound):
     x, centre, W, bias = (tensor.detach() for tensor in problem())
-    values, support = kernels.select_above(x, centre, W, bias, bound_at(share))
     pre = torch.stack([torch.stack([(x[b] - centre) @ W[i] + bias[i] for i in range(N)]) for b in range(B)])
-    least = pre.flatten().sort(descending=True).values[int(share * B * N) - 1]
-    assert (least > 0) == (share < 0.5)
-    wanted = [(b, i) for b in range(B) for i in range(N) if pre[b, i] >= max(least, 1e-9) - 1e-9]
+    least = (bound(pre.flatten()) if callable(bound) else bound).expand(N).double()
+    wanted = [(b, i) for b in range(B) for i in range(N) if pre[b, i] > 0 and pre[b, i] >= least[i] - 1e-9]
+    assert 0.02 < len(wanted) / (B * N) < 0.6
+    values, support = kernels.select_above(x, centre, W, bias, bound, few=1)
     assert list(zip(support.rows.tolist(), support.index.tolist())) == wanted
     assert torch.allclose(values, torch.stack([pre[pair] for pair in wanted]))
+    every, none = kernels.select_above(x, centre, W, bias, bound, few=0.01)
+    assert none is None and torch.allclose(every, pre)
 
 
-def test_select_above_has_the_derivatives_of_finite_differences():
+@pytest.mark.parametrize("few", [0, 1])
+def test_select_above_has_the_derivatives_of_finite_differences(few):
     def rebuilt(x, centre, W, bias, decoder):
-        return kernels.sum_rows(*kernels.select_above(x, centre, W, bias, bound_at(0.2)), decoder)
+        values, support = kernels.select_above(x, centre, W, bias, bound_at(0.2), few)
+        assert (support is None) == (few == 0)
+        return kernels.sum_rows(values, support, decoder), kernels.total(values, support)
 
     decoder = torch.randn(N, D, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(rebuilt, (*problem(b=4), decoder))
 
 
-def test_quick_products_reach_a_bound_within_a_rounding_of_bfloat16():
+def test_nothing_above_the_bound_is_zero_everywhere():
+    x, centre, W, bias = problem(torch.float32)
+    for quick in (False, True):
+        with kernels.quick_products(quick):
+            values, support = kernels.select_above(x, centre, W, bias, torch.tensor(1e9))
+            out = kernels.sum_rows(values, support, W)
+        assert len(values) == 0 and out.shape == (B, D) and not out.any()
+        assert not kernels.total(values, support).any() and not torch.autograd.grad(out.sum(), W)[0].any()
+
+
+@pytest.mark.parametrize("bound", [bound_at(0.02), torch.tensor(9.0), torch.linspace(5, 12, 512)],
+                         ids=["of the batch", "a scalar", "a feature"])
+def test_quick_products_reach_a_bound_within_a_rounding_of_bfloat16(bound):
     x, centre, W, bias = problem(torch.float32, b=700, n=512)
-    exact, wanted = kernels.select_above(x, centre, W, bias, bound_at(0.02))
+    exact, wanted = kernels.select_above(x, centre, W, bias, bound, few=1)
     with kernels.quick_products(True):
-        quick, support = kernels.select_above(x, centre, W, bias, bound_at(0.02))
+        quick, support = kernels.select_above(x, centre, W, bias, bound, few=1)
         g_quick = torch.autograd.grad(quick.square().sum(), [x, centre, W, bias])
     pre = (x - centre) @ W.T + bias
     assert torch.allclose(quick, pre[support.rows, support.index], atol=1e-4)
-    least, among = exact.min(), set(zip(support.rows.tolist(), support.index.tolist()))
-    assert quick.min() > least - 0.02 * least - 0.02 and len(quick) < 1.1 * len(exact)
-    missed = [value for pair, value in zip(zip(wanted.rows.tolist(), wanted.index.tolist()), exact.tolist())
-              if pair not in among]
-    assert len(missed) < 0.005 * len(exact) and all(value < 1.02 * least + 0.02 for value in missed)
+    least = (bound(pre.detach().flatten()) if callable(bound) else bound).expand(512)
+    assert (quick > 0.98 * least[support.index] - 0.02).all() and len(exact) / 1.01 < len(quick) < 1.1 * len(exact)
+    among = set(zip(support.rows.tolist(), support.index.tolist()))
+    missed = [(value, i) for (b, i), value in zip(zip(wanted.rows.tolist(), wanted.index.tolist()), exact.tolist())
+              if (b, i) not in among]
+    assert len(missed) < 0.01 * len(exact) and all(value < 1.02 * least[i] + 0.02 for value, i in missed)
     dense = pre * torch.zeros_like(pre).index_put((support.rows, support.index), torch.tensor(1.0))
     for ours, theirs in zip(g_quick, torch.autograd.grad(dense.square().sum(), [x, centre, W, bias])):
         assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-2)
@@ -118,7 +140,7 @@ def test_products_are_the_naive_sums(n):
     assert torch.allclose(kernels.transpose_product(support, values, x), dense.T @ x, atol=1e-5)
     assert torch.allclose(kernels.sampled_products(support, x, W), (x @ W.T).gather(1, index), atol=1e-5)
     assert torch.allclose(kernels.sum_rows(values, support, W), dense @ W, atol=1e-5)
-    assert torch.allclose(kernels.sum_to_features(support, values), dense.sum(0), atol=1e-5)
+    assert torch.allclose(kernels.total(values, support), dense.sum(0), atol=1e-5)
 
 
 def test_quick_products_choose_by_bfloat16_and_give_float32_values():
@@ -151,9 +173,9 @@ def test_dense_products_have_the_derivatives_of_finite_differences():
     x, centre, W, bias = problem(b=3, n=6)
     codes = torch.randn(3, 6, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(kernels.preactivations, (x, centre, W, bias))
-    assert torch.autograd.gradcheck(kernels.decoded, (codes, W))
+    assert torch.autograd.gradcheck(kernels.sum_rows, (codes, None, W))
     assert torch.allclose(kernels.preactivations(x, centre, W, bias), (x - centre) @ W.T + bias)
-    assert torch.allclose(kernels.decoded(codes, W), codes @ W)
+    assert torch.allclose(kernels.sum_rows(codes, None, W), codes @ W)
 
 
 def test_quick_dense_products_are_rounded_and_no_more():

@@ -10,6 +10,7 @@ from safetensors import SafetensorError
 from torch.nn.functional import cosine_similarity
 
 from tsae import sae as module
+from tsae import kernels
 from tsae.sae import ACTIVATIONS, SAE, _Gated
 
 B, D, N, K, V = 9, 6, 10, 3, 5
@@ -108,6 +109,13 @@ def test_sparse_codes_have_the_gradients_of_the_dense_computation(activation, lo
     assert torch.allclose(torch.autograd.grad(through_forward, sae.W_enc)[0], wanted[1])
 
 
+@pytest.fixture(params=[0.0, 1.0], ids=["dense", "pairs"])
+def few(request, monkeypatch):
+    """Both ways to compute codes that are not topk: 0.0 as if never few enough for pairs, 1.0 as if always."""
+    monkeypatch.setattr(kernels, "FEW", request.param)
+
+
+@pytest.mark.usefixtures("few")
 @pytest.mark.parametrize("aux_lookup", [True, False])
 @pytest.mark.parametrize("activation, lookup", TABLED)
 def test_loss_terms_by_hand(activation, lookup, aux_lookup):
@@ -130,14 +138,42 @@ def test_loss_terms_by_hand(activation, lookup, aux_lookup):
     assert (out["codes"] > 0).sum() == (codes > 0).sum() and not out["codes"].requires_grad
 
 
+@pytest.mark.parametrize("lookup, encoder_sees", [("none", "full"), ("learned", "full"), ("learned", "rest")])
+@pytest.mark.parametrize("activation", [name for name in ACTIVATIONS if name != "topk"])
+def test_few_codes_give_the_gradients_that_many_do(activation, lookup, encoder_sees, monkeypatch):
+    x, grads = X.clone().requires_grad_(), []
+    for share in (0.0, 1.0):
+        monkeypatch.setattr(kernels, "FEW", share)
+        sae = random_sae(activation, lookup, encoder_sees=encoder_sees, bandwidth=1.5)
+        if activation == "jumprelu":
+            sae.log_threshold.data.abs_()
+        out = sae.loss(x, T, sparsity=0.3)
+        assert out["codes"].ndim == (2 if share == 0.0 else 1)
+        grads.append(torch.autograd.grad(out["loss"], [x, *sae.parameters()]))
+    names = ["x", *dict(sae.named_parameters())]
+    for name, dense, pairs in zip(names, *grads):
+        assert dense.to_dense().any() and torch.allclose(dense.to_dense(), pairs.to_dense()), name
+
+
+def test_thresholds_near_zero_leave_their_window_whole(monkeypatch):
+    """Below half a bandwidth the window reaches below zero, where no pair is: all codes must be computed."""
+    monkeypatch.setattr(kernels, "FEW", 1.0)
+    sae = random_sae("jumprelu", "none", bandwidth=1.5)
+    sae.log_threshold.data.abs_()[0] = -2.0
+    assert sae.loss(X)["codes"].ndim == 2
+    sae.log_threshold.data[0] = 0.0
+    assert sae.loss(X)["codes"].ndim == 1
+
+
 def test_gated_codes_have_the_derivatives_of_finite_differences():
     g = torch.Generator().manual_seed(0)
     pre, *rest = (torch.randn(shape, generator=g, dtype=X.dtype).requires_grad_() for shape in ((B, N), N, N, N))
-    codes, gates = _Gated.apply(pre, *rest)
+    codes, gates = _Gated.apply(pre, *rest, None)
     assert (codes > 0).any() and ((gates > 0) & (codes == 0)).any() and (gates == 0).any()
-    assert torch.autograd.gradcheck(_Gated.apply, (pre, *rest))
+    assert torch.autograd.gradcheck(_Gated.apply, (pre, *rest, None))
 
 
+@pytest.mark.usefixtures("few")
 def test_the_gated_auxiliary_error_leaves_the_decoder_alone():
     sae = random_sae("gated", "none")
     sae.W_enc.data.zero_()  # the only ways left to b_dec and W_dec are the two reconstructions
@@ -149,9 +185,11 @@ def test_the_gated_auxiliary_error_leaves_the_decoder_alone():
     assert sae.b_enc.grad.any()  # the gate learns from nothing else
 
 
+@pytest.mark.usefixtures("few")
 def test_jumprelu_thresholds_get_the_straight_through_gradient():
     """Rajamanoharan et al. 2024, equations 11 and 12: K is a box of width 1 over (pre - theta) / bandwidth."""
     sae = random_sae("jumprelu", bandwidth=1.5)
+    sae.log_threshold.data.abs_()  # beyond half a bandwidth
     sae.loss(X, T, sparsity=0.3)["loss"].backward()
     with torch.no_grad():
         pre, theta = torch.tensor(naive_pre(sae, X, T)), sae.log_threshold.exp()

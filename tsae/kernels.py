@@ -1,7 +1,7 @@
-"""The products of a top-k step that touch k rows a position, and their derivatives: all but the encoder's one dense product.
+"""The products of a step that touch the rows of active features only, and their derivatives: all but one, the encoder's.
 
     select_top    the k largest of W (x - centre) + bias at every position, and which they are
-    select_above  all of them above a bound that is taken from the whole batch
+    select_above  those that reach a bound, while these are few; else all of them
     sum_rows      sum_j values[b, j] W[index[b, j]]: the decoder
 
 On a GPU with Triton they run the kernels of `tsae.gpu`, elsewhere the library calls below, chosen by measurement. Gathers run
@@ -24,7 +24,8 @@ from tsae import gpu
 
 CHUNK = 4 << 20  # pre-activations held at once on a CPU: they stay in its caches between the product and the selection
 _quick = False
-Bound = Callable[[torch.Tensor], torch.Tensor]
+FEW = 1 / 24  # share of active features up to which products over pairs beat dense ones (measured: between 1/40 and 1/16)
+Bound = torch.Tensor | Callable[[torch.Tensor], torch.Tensor]
 
 
 @cache
@@ -61,7 +62,7 @@ class Support:
     """
 
     def __init__(self, index: torch.Tensor, n: int, rows: torch.Tensor | None = None, b: int = 0):
-        self.index, self.n, self.rows, self.b = index, n, rows, b
+        self.index, self.n, self.rows, self.b = index, n, rows, b or len(index)
 
     @cached_property
     def order(self) -> torch.Tensor:
@@ -97,16 +98,20 @@ def _starts(groups: torch.Tensor, n: int) -> torch.Tensor:
     return torch.cat([ends.new_zeros(1), ends])
 
 
-def transpose_product(support: Support, values: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """C^T x (n, d) for the codes C (b, n) that have `values` (b, k) on their support, and x (b, d)."""
+def transpose_product(support: Support | None, values: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """C^T x (n, d) for the codes C (b, n) that have `values` on their support, or are `values`, and x (b, d)."""
+    if support is None:
+        return product(values.T, x)
     if gpu.takes(x):
         return gpu.transpose_product(support.index, values, x, support.n, support.order)
     return embedding_bag(support.position, x, support.starts, mode="sum", include_last_offset=True,
                          per_sample_weights=values.flatten()[support.order])
 
 
-def sampled_products(support: Support, x: torch.Tensor, W: torch.Tensor) -> torch.Tensor:
-    """x[b] . W[index[b, j]] as (b, k), from x (b, d) and W (n, d)."""
+def sampled_products(support: Support | None, x: torch.Tensor, W: torch.Tensor) -> torch.Tensor:
+    """x[b] . W[index[b, j]] as (b, k) or (m,), from x (b, d) and W (n, d); all of them (b, n) without a support."""
+    if support is None:
+        return product(x, W.T)
     if gpu.takes(x):
         return gpu.sampled_products(x, W, support.index)
     # A bag per feature whose members are the rows of x: the gradient of the bags' weights is what is wanted.
@@ -196,17 +201,24 @@ def _bfloat16_product(W: torch.Tensor, bias: torch.Tensor, rows: int) -> Callabl
     return lambda x: torch.ops.mkldnn._linear_pointwise(x.bfloat16(), packed, bias, "none", [], "")
 
 
-def _above(x: torch.Tensor, W: torch.Tensor, bias: torch.Tensor, bound: Bound) -> tuple[Support, torch.Tensor | None]:
-    """The pairs whose W x + bias reach `bound`, and their values where they are exact (not `quick_products`)."""
-    if _quick:
-        pre = _bfloat16_product(W, bias, len(x))(x).flatten()
-        least = bound(pre).bfloat16().view(torch.int16).item()
-        reach = pre.view(torch.int16).numpy() > max(0, least - 2)  # a step of bfloat16 lower, for what was rounded down
+def _above(x: torch.Tensor, W: torch.Tensor, bias: torch.Tensor, bound: Bound | None,
+           few: float) -> tuple[Support | None, torch.Tensor | None]:
+    """The pairs whose W x + bias reach `bound`, and their values where they are exact (not `quick_products`).
+
+    No support, and all of W x + bias, where these are more than a share `few` of all, on a GPU and without a bound.
+    """
+    if x.is_cuda or bound is None or len(x) == 0:
+        return None, sampled_products(None, x, W).add_(bias)
+    pre = _bfloat16_product(W, bias, len(x))(x) if _quick else torch.addmm(bias, x, W.T)
+    least = bound(pre.flatten()) if callable(bound) else bound
+    if _quick:  # a step of bfloat16 lower, for what was rounded down
+        reach = pre.view(torch.int16).numpy() > (least.bfloat16().view(torch.int16) - 2).clamp_min(0).numpy()
     else:
-        pre = torch.addmm(bias, x, W.T).flatten()
-        reach = (pre.numpy() > 0) & (pre.numpy() >= bound(pre).item())
+        reach = (pre > 0).logical_and_(pre >= least).numpy()
+    if np.count_nonzero(reach) > few * pre.numel():
+        return None, pre.float() if _quick else pre
     pairs = torch.from_numpy(np.flatnonzero(reach))  # several times as fast as torch.nonzero
-    return Support(pairs % len(W), len(W), pairs // len(W), len(x)), None if _quick else pre[pairs]
+    return Support(pairs % len(W), len(W), pairs // len(W), len(x)), None if _quick else pre.flatten()[pairs]
 
 
 class _Select(torch.autograd.Function):
@@ -214,19 +226,18 @@ class _Select(torch.autograd.Function):
     def forward(ctx, x, centre, W, bias, choose):
         inside = x - centre
         support, values = choose(inside, W, bias)
-        values = relu(sampled_products(support, inside, W) + bias[support.index] if values is None else values)
-        ctx.save_for_backward(inside, W, values)
+        values = sampled_products(support, inside, W) + bias[support.index] if values is None else values
+        ctx.save_for_backward(inside, W)
         ctx.support = support
         return values, support
 
     @staticmethod
     def backward(ctx, g, _):
-        inside, W, values = ctx.saved_tensors
-        g = g * (values > 0)
-        g_bias = sum_to_features(ctx.support, g)
-        g_x = sum_rows(g, ctx.support, W) if ctx.needs_input_grad[0] else None
+        (inside, W), support = ctx.saved_tensors, ctx.support
+        g_bias = total(g, support)
+        g_x = sum_rows(g, support, W) if ctx.needs_input_grad[0] else None
         g_centre = -combined(g_bias, W) if ctx.needs_input_grad[1] else None
-        return g_x, g_centre, transpose_product(ctx.support, g, inside), g_bias, None
+        return g_x, g_centre, transpose_product(support, g, inside), g_bias, None
 
 
 def combined(weights: torch.Tensor, W: torch.Tensor) -> torch.Tensor:
@@ -237,10 +248,21 @@ def combined(weights: torch.Tensor, W: torch.Tensor) -> torch.Tensor:
     return embedding_bag(every, W, per_sample_weights=weights.unsqueeze(0), mode="sum").squeeze(0)
 
 
-def sum_to_features(support: Support, values: torch.Tensor) -> torch.Tensor:
-    """(n,) the sum of each feature's values (b, k)."""
-    ordered = values.flatten()[support.order]
-    return torch.segment_reduce(ordered, "sum", offsets=support.starts, initial=0.0)
+class _Total(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, values, support):
+        ctx.support = support
+        ordered = values.flatten()[support.order]
+        return torch.segment_reduce(ordered, "sum", offsets=support.starts, initial=0.0)
+
+    @staticmethod
+    def backward(ctx, g):
+        return g[ctx.support.index], None
+
+
+def total(values: torch.Tensor, support: Support | None) -> torch.Tensor:
+    """(n,) the sum of each feature's values: those of the pairs of `support`, or (b, n) without one."""
+    return values.sum(0) if support is None else _Total.apply(values, support)
 
 
 class _SumRows(torch.autograd.Function):
@@ -248,6 +270,8 @@ class _SumRows(torch.autograd.Function):
     def forward(ctx, values, support, W):
         ctx.save_for_backward(values, W)
         ctx.support = support
+        if support is None:
+            return product(values, W)
         if gpu.takes(W):
             return gpu.sum_rows(values, support.index, W)
         if support.rows is None:
@@ -258,7 +282,8 @@ class _SumRows(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g):
         values, W = ctx.saved_tensors
-        return sampled_products(ctx.support, g, W), None, transpose_product(ctx.support, values, g)
+        return sampled_products(ctx.support, g, W), None, (
+            transpose_product(ctx.support, values, g) if ctx.needs_input_grad[2] else None)
 
 
 def select_top(x: torch.Tensor, centre: torch.Tensor, W: torch.Tensor, bias: torch.Tensor,
@@ -267,21 +292,28 @@ def select_top(x: torch.Tensor, centre: torch.Tensor, W: torch.Tensor, bias: tor
 
     x (b, d), centre (d,), W (n, d), bias (n,), all float32.
     """
-    return _Select.apply(x, centre, W, bias, partial(_top, k=k))
+    values, support = _Select.apply(x, centre, W, bias, partial(_top, k=k))
+    return relu(values), support
 
 
-def select_above(x: torch.Tensor, centre: torch.Tensor, W: torch.Tensor, bias: torch.Tensor,
-                 bound: Bound) -> tuple[torch.Tensor, Support]:
-    """Every positive W (x - centre) + bias that reaches a bound: values (m,) and their Support; on a CPU only.
+def select_above(x: torch.Tensor, centre: torch.Tensor, W: torch.Tensor, bias: torch.Tensor, bound: Bound | None,
+                 few: float | None = None) -> tuple[torch.Tensor, Support | None]:
+    """Every positive W (x - centre) + bias that reaches a bound: values (m,) and their Support.
 
-    `bound` gives it for all pre-activations (b * n,), a scalar. Inside `quick_products` these are rounded to bfloat16, and
-    values up to one rounding below the bound are among the answer.
+    bound: (n,) or a scalar, none below 0, or a function that gives a scalar for all pre-activations (b * n,). Inside
+    `quick_products` these are rounded to bfloat16: values up to a rounding below the bound, or below 0, are in the answer.
+    Where more than a share `few` (FEW) reach it, without a bound (None), and on a GPU: all values (b, n), and None.
     """
-    return _Select.apply(x, centre, W, bias, partial(_above, bound=bound))
+    return _Select.apply(x, centre, W, bias, partial(_above, bound=bound, few=FEW if few is None else few))
 
 
-def sum_rows(values: torch.Tensor, support: Support, W: torch.Tensor) -> torch.Tensor:
-    """sum_j values[b, j] W[index[b, j]] (b, d), over the pairs of each position b."""
+def preactivations(x: torch.Tensor, centre: torch.Tensor, W: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """W (x - centre) + bias (b, n) at every position; the gradient of `centre` costs no product over the batch."""
+    return select_above(x, centre, W, bias, None)[0]
+
+
+def sum_rows(values: torch.Tensor, support: Support | None, W: torch.Tensor) -> torch.Tensor:
+    """sum_j values[b, j] W[index[b, j]] (b, d), over the pairs of each position b; values (b, n) W without a support."""
     return _SumRows.apply(values, support, W)
 
 
@@ -290,40 +322,3 @@ def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     if _quick and not a.is_cuda and _has_bfloat16():  # oneDNN's own conversion of float32 takes twice as long
         return (a.bfloat16() @ b.bfloat16()).float()
     return a @ b
-
-
-class _Preactivations(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, centre, W, bias):
-        inside = x - centre
-        ctx.save_for_backward(inside, W)
-        return product(inside, W.T).add_(bias)
-
-    @staticmethod
-    def backward(ctx, g):
-        inside, W = ctx.saved_tensors
-        g_bias = g.sum(0)
-        g_x = product(g, W) if ctx.needs_input_grad[0] else None
-        return g_x, -combined(g_bias, W), product(g.T, inside), g_bias
-
-
-class _Decoded(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, codes, W):
-        ctx.save_for_backward(codes, W)
-        return product(codes, W)
-
-    @staticmethod
-    def backward(ctx, g):
-        codes, W = ctx.saved_tensors
-        return product(g, W.T), product(codes.T, g) if ctx.needs_input_grad[1] else None
-
-
-def preactivations(x: torch.Tensor, centre: torch.Tensor, W: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-    """W (x - centre) + bias (b, n) at every position; the gradient of `centre` costs no product over the batch."""
-    return _Preactivations.apply(x, centre, W, bias)
-
-
-def decoded(codes: torch.Tensor, W: torch.Tensor) -> torch.Tensor:
-    """codes (b, n) times W (n, d)."""
-    return _Decoded.apply(codes, W)

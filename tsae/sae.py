@@ -23,14 +23,13 @@ from torch.nn.functional import embedding, mse_loss, relu, threshold
 
 from tsae.kernels import (
     Support,
-    decoded,
     kth_of_rows,
     largest,
     preactivations,
     select_above,
     select_top,
     sum_rows,
-    sum_to_features,
+    total,
 )
 
 ACTIVATIONS = ("relu", "topk", "batchtopk", "jumprelu", "gated")
@@ -47,44 +46,52 @@ def threshold_at(x: torch.Tensor, least: torch.Tensor) -> torch.Tensor:
     return threshold(x, torch.nextafter(least, least.new_tensor(-math.inf)).item(), 0.0)
 
 
+def at(p: torch.Tensor, support: Support | None) -> torch.Tensor:
+    """Of p (n,), one value a feature: those of the pairs of `support`, or all."""
+    return p if support is None else p[support.index]
+
+
 class _JumpReLU(torch.autograd.Function):
-    """Codes and mean L0 of pre (b, n) with thresholds theta (n,), which a step gives no gradient: inside a window of width
-    `bandwidth` around them it is taken to be 1 / bandwidth (Rajamanoharan et al. 2024, equations 11 and 12)."""
+    """Codes and mean L0 of pre (b, n), or of the pairs of a support, with thresholds theta (n,), which a step gives no
+    gradient: inside a window of width `bandwidth` around them it is taken to be 1 / bandwidth (Rajamanoharan et al. 2024,
+    equations 11 and 12)."""
 
     @staticmethod
-    def forward(ctx, pre, log_theta, bandwidth):
+    def forward(ctx, pre, log_theta, bandwidth, support):
         theta = log_theta.exp()
-        above = pre - theta
+        above = pre - at(theta, support)
         codes = where_positive(pre, above)  # theta is positive: what is above it needs no ReLU
         ctx.save_for_backward(codes, above.abs_().neg_().add_(bandwidth / 2), theta)
-        ctx.bandwidth = bandwidth
-        return codes, torch.count_nonzero(codes) / len(pre)
+        ctx.bandwidth, ctx.support, ctx.b = bandwidth, support, len(pre) if support is None else support.b
+        return codes, torch.count_nonzero(codes) / ctx.b
 
     @staticmethod
     def backward(ctx, g, g_l0):
         codes, inside, theta = ctx.saved_tensors
-        pull = where_positive(torch.addcmul(g_l0 / len(codes), g, theta), inside).sum(0)
-        return where_positive(g, codes), -pull * theta / ctx.bandwidth, None
+        pull = where_positive(torch.addcmul(g_l0 / ctx.b, g, at(theta, ctx.support)), inside)
+        return where_positive(g, codes), -total(pull, ctx.support) * theta / ctx.bandwidth, None, None
 
 
 class _Gated(torch.autograd.Function):
-    """Codes and gates (b, n) of pre = W x + b_enc (b, n): the magnitudes share W, scaled by exp(r_mag) (Rajamanoharan et al.
-    2024b). The derivative by hand takes half of the passes over (b, n)."""
+    """Codes and gates of pre = W x + b_enc (b, n), or of the pairs of a support: the magnitudes share W, scaled by
+    exp(r_mag) (Rajamanoharan et al. 2024b). The derivative by hand takes half of the passes over (b, n)."""
 
     @staticmethod
-    def forward(ctx, pre, b_enc, r_mag, b_mag):
+    def forward(ctx, pre, b_enc, r_mag, b_mag, support):
         gain, gates = r_mag.exp(), relu(pre)
-        codes = where_positive(torch.addcmul(b_mag - b_enc * gain, pre, gain).relu_(), gates)
+        magnitudes = torch.addcmul(at(b_mag - b_enc * gain, support), pre, at(gain, support)).relu_()
+        codes = where_positive(magnitudes, gates)
         ctx.save_for_backward(codes, gates, b_enc, gain)
+        ctx.support = support
         return codes, gates
 
     @staticmethod
     def backward(ctx, g, g_gates):
         codes, gates, b_enc, gain = ctx.saved_tensors
         g = where_positive(g, codes)
-        total = g.sum(0)
-        g_pre = torch.addcmul(where_positive(g_gates, gates), g, gain)
-        return g_pre, -total * gain, ((g * gates).sum(0) - total * b_enc) * gain, total
+        g_b = total(g, ctx.support)
+        g_pre = torch.addcmul(where_positive(g_gates, gates), g, at(gain, ctx.support))
+        return g_pre, -g_b * gain, (total(g * gates, ctx.support) - g_b * b_enc) * gain, g_b, None
 
 
 class SAE(nn.Module):
@@ -180,7 +187,7 @@ class SAE(nn.Module):
         if self.activation == "topk":
             values, index = pre.topk(self.k, dim=-1, sorted=False)
             return torch.zeros_like(pre).scatter(-1, index, relu(values))
-        return self._codes(pre)[0]
+        return self._codes(pre, None)[0]
 
     def decode(self, codes: torch.Tensor, t: torch.Tensor | None = None) -> torch.Tensor:
         """Equation 2: reconstructed raw activations (b, d) from codes (b, n) and token ids t (b,)."""
@@ -197,24 +204,35 @@ class SAE(nn.Module):
         return (sum_rows(*self.selected(x / self.scale, t), self.W_dec) + self.b_dec + self.row(t)) * self.scale
 
     def selected(self, z: torch.Tensor, t: torch.Tensor | None) -> tuple[torch.Tensor, Support]:
-        """Codes of activations z (b, d) in units of `scale`, and their features: topk (b, k), batchtopk (m,)."""
-        weights = self.encoder_input(z, t), self.b_dec, self.W_enc, self.b_enc
-        if self.activation == "topk":
-            return select_top(*weights, self.k)
-        codes, support = select_above(*weights, partial(self._least, b=len(z)))
-        return self._kept(codes, len(z)), support
+        """Top-k codes (b, k) of activations z (b, d) in units of `scale`, and their features."""
+        return select_top(self.encoder_input(z, t), self.b_dec, self.W_enc, self.b_enc, self.k)
 
-    def _codes(self, pre: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | float, torch.Tensor | None]:
-        """From pre-activations (b, n): codes (b, n), the mean of what `sparsity` weighs, and gated's gates (b, n)."""
+    def _bound(self, b: int):
+        """For `select_above`: what a pre-activation must reach to matter, to codes or to gradients."""
         if self.activation == "batchtopk":
-            return self._kept(pre, len(pre)), 0.0, None
+            return partial(self._least, b=b)
         if self.activation == "jumprelu":
-            return *_JumpReLU.apply(pre, self.log_threshold, self.bandwidth), None
+            bound = self.log_threshold.detach().exp() - self.bandwidth / 2
+            return bound if (bound > 0).all() else None
+        return self.b_enc.new_zeros(())
+
+    def _codes(self, pre: torch.Tensor, support: Support | None) -> tuple:
+        """Codes, the mean of what `sparsity` weighs, and gated's gates, of pre-activations: all (b, n), or those of the
+        pairs of `support`, of which codes and gates then are, too."""
+        if self.activation == "batchtopk":
+            return self._kept(pre, len(pre) if support is None else support.b), 0.0, None
+        if self.activation == "jumprelu":
+            return *_JumpReLU.apply(pre, self.log_threshold, self.bandwidth, support), None
         if self.activation == "gated":
-            codes, gates = _Gated.apply(pre, self.b_enc, self.r_mag, self.b_mag)
-            return codes, (gates @ self.W_dec.norm(dim=-1)).mean(), gates
+            codes, gates = _Gated.apply(pre, self.b_enc, self.r_mag, self.b_mag, support)
+            return codes, self._weighed(gates, support), gates
         codes = relu(pre)
-        return codes, (codes @ self.W_dec.norm(dim=-1)).mean(), None
+        return codes, self._weighed(codes, support), None
+
+    def _weighed(self, codes: torch.Tensor, support: Support | None) -> torch.Tensor:
+        """The mean over positions of the sum of codes x decoder norms."""
+        norms = self.W_dec.norm(dim=-1)
+        return (codes @ norms).mean() if support is None else total(codes, support) @ norms / support.b
 
     @staticmethod
     def kth_largest(values: torch.Tensor, k: int) -> torch.Tensor:
@@ -240,21 +258,21 @@ class SAE(nn.Module):
 
         relu, gated: sparsity x sum of codes x decoder norms; jumprelu: sparsity x L0; gated: the auxiliary error; topk and
         batchtopk: AuxK over the features marked in `dead` (n,) bool. Returns loss, z_hat (b, d) in units of `scale`,
-        fired (n,) bool, and codes: as `selected` gives them for topk and, on a CPU, batchtopk, else (b, n).
+        fired (n,) bool, and codes: (b, k) for topk; else (b, n), or (m,) where they are few (see select_above).
         """
         z, penalty, gates = x / self.scale, 0.0, None
-        if self.activation == "topk" or self.activation == "batchtopk" and not x.is_cuda:
+        if self.activation == "topk":
             codes, support = self.selected(z, t)
-            rebuilt = sum_rows(codes, support, self.W_dec)
-            fired = sum_to_features(support, codes.detach()) > 0
         else:
-            codes, penalty, gates = self._codes(self.preactivations(x, t))
-            rebuilt, fired = decoded(codes, self.W_dec), codes.detach().amax(0) > 0
+            pre, support = select_above(self.encoder_input(z, t), self.b_dec, self.W_enc, self.b_enc, self._bound(len(z)))
+            codes, penalty, gates = self._codes(pre, support)
+        rebuilt = sum_rows(codes, support, self.W_dec)
+        fired = (codes.detach().amax(0) if support is None else total(codes.detach(), support)) > 0
         z_hat = rebuilt + self.b_dec + self.row(t)
         loss = mse_loss(z_hat, z, reduction="sum") / len(z) + sparsity * penalty
         if gates is not None:
             row = self.row(t).detach() if self.aux_lookup and self.lookup != "none" else 0.0
-            z_gate = decoded(gates, self.W_dec.detach()) + self.b_dec.detach() + row  # trains the gates, not the decoder
+            z_gate = sum_rows(gates, support, self.W_dec.detach()) + self.b_dec.detach() + row  # trains gates, not decoder
             loss = loss + mse_loss(z_gate, z, reduction="sum") / len(z)
         if aux_weight and "topk" in self.activation and dead is not None and dead.any():
             loss = loss + aux_weight * self.auxk(z, t, (z - z_hat).detach(), dead)
@@ -271,7 +289,7 @@ class SAE(nn.Module):
         if len(W) <= 16 * k:  # so few that whole rows of codes cost less than sorting the pairs
             pre = preactivations(z, self.b_dec.detach(), W, bias)
             codes = relu(pre) * (pre >= kth_of_rows(pre.detach(), k))
-            explained = decoded(codes, rows)
+            explained = sum_rows(codes, None, rows)
         else:
             explained = sum_rows(*select_top(z, self.b_dec.detach(), W, bias, k), rows)
         return min(1.0, len(W) / max(1, self.d_model // 2)) * mse_loss(explained, error, reduction="sum") / len(z)
