@@ -9,8 +9,8 @@ import torch
 from safetensors import SafetensorError
 from torch.nn.functional import cosine_similarity
 
-from tsae import sae as module
 from tsae import kernels
+from tsae import sae as module
 from tsae.sae import ACTIVATIONS, SAE, _Gated
 
 B, D, N, K, V = 9, 6, 10, 3, 5
