@@ -52,6 +52,10 @@ def test_next_token_logits_are_those_of_the_model(tiny):
     assert torch.allclose(tiny.next_token_logits(TOKENS, 1, lambda x: x + change), expected, atol=1e-4)
     held = tiny.residuals(TOKENS, [1])[1]
     assert torch.allclose(tiny.next_token_logits(TOKENS, 1, lambda x: x + change, held), expected, atol=1e-4)
+    columns = torch.tensor([3, 9, 3, 5, 8, 4])
+    expected = torch.cat([hooked(tiny, row[None, :at + 1], 1, step) for row, at, step in zip(TOKENS, columns, change)])
+    found = tiny.next_token_logits(TOKENS, 1, lambda x: x + change, held, columns)
+    assert torch.allclose(found, expected, atol=1e-4), "what comes after a column changes nothing there"
 
 
 def test_the_unembedding_is_what_logits_read(tiny):
@@ -69,7 +73,8 @@ def test_the_unembedding_is_what_logits_read(tiny):
 
 
 @torch.no_grad()
-def test_effects_equal_one_hooked_pass_each(tiny_gpt2):
+@pytest.mark.parametrize("before, shared", [(6, False), (0, False), (0, True)])
+def test_effects_equal_one_hooked_pass_each(tiny_gpt2, before, shared):
     lm, sae = tiny_gpt2, random_sae()
     rows = TOKENS.int()
     keep = lm.keep(rows)
@@ -79,7 +84,8 @@ def test_effects_equal_one_hooked_pass_each(tiny_gpt2):
     dense = dense.astype(np.float32)
     dense[:, 4] = 0
     codes = csc_array(dense)
-    found = quality.effects(lm, sae, 2, codes, text, rows, contexts=2, before=6, top=3, batch=2).set_index("feature")
+    held = quality.residuals(lm, rows, 2) if shared else None
+    found = quality.effects(lm, sae, 2, codes, text, rows, 2, before, top=3, batch=2, held=held).set_index("feature")
     assert list(found.index) == [0, 1, 2, 3, 5, 6, 7, 8] and (found["contexts"] <= 2).all()
     p, j, v = scores.firings(codes)
     chosen = scores.spread(codes, np.ones(len(text.t), bool), 2)
@@ -88,7 +94,8 @@ def test_effects_equal_one_hooked_pass_each(tiny_gpt2):
         kl, moved, change = [], 0, 0
         for i in chosen[j[chosen] == feature]:
             row, column = text.row[p[i]], text.column[p[i]]
-            tokens = torch.cat([TOKENS[row, :1], TOKENS[row, max(1, column - 5):column + 1]])[None]
+            first = max(1, column - before + 1) if before else 1
+            tokens = torch.cat([TOKENS[row, :1], TOKENS[row, first:column + 1]])[None]
             step = float(v[i]) * sae.W_dec[feature] * 0.7
             clean, ablated, boosted = (hooked(lm, tokens, 2, sign * step).log_softmax(-1)[0] for sign in (0, -1, 1))
             kl.append([kl_div(after, clean, log_target=True, reduction="sum").item() for after in (ablated, boosted)])
@@ -101,6 +108,12 @@ def test_effects_equal_one_hooked_pass_each(tiny_gpt2):
                 assert found.loc[feature, name + kind] == ", ".join(repr(lm.tokenizer.decode([i])) for i in ids)
         expected = np.corrcoef(change.numpy(), (readers @ sae.W_dec[feature]).numpy())[0, 1]
         assert found["direct_agreement"][feature] == pytest.approx(expected, abs=1e-3)
+
+
+def test_residuals_are_held_where_they_fit(tiny_gpt2):
+    rows = TOKENS.int()
+    assert torch.equal(quality.residuals(tiny_gpt2, rows, 2), tiny_gpt2.residuals(rows, [2])[2])
+    assert quality.residuals(tiny_gpt2, rows, 2, most_gb=1e-6) is None
 
 
 @torch.no_grad()

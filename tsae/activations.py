@@ -70,34 +70,47 @@ def estimate(pairs: int, d_model: int, dtype: torch.dtype = torch.bfloat16, copi
     return copies * pairs * (d_model * dtype.itemsize + 4)
 
 
-def statistics(parts: Iterable[Pair], vocabulary: int) -> dict[str, torch.Tensor]:
-    """What a start needs of pairs x (m, d), t (m,), part by part: mean (d,), scale (rms entry of the centred x), count (V,)
-    and sum (V, d) a token.
+class Moments:
+    """What a start needs of pairs x (m, d), t (m,), added part by part: mean (d,), scale (rms entry of the centred x),
+    count (V,) and sum (V, d) a token.
 
-    One pass that keeps no pair; sums are float64, results float32, count int64. Raises ValueError for an id outside the
-    vocabulary, and where there is no pair.
+    No pair is kept; sums are float64, results float32, count int64.
     """
-    total, pairs, squares = None, 0, 0.0
-    for part in parts:
-        if total is None:
-            d_model, device = part[0].shape[1], part[0].device
-            count = torch.zeros(vocabulary, dtype=torch.long, device=device)
-            total = torch.zeros(vocabulary, d_model, dtype=torch.float64, device=device)
-        for x, t in zip(*(tensor.split(8192) for tensor in part)):
+
+    def __init__(self, vocabulary: int):
+        self.vocabulary, self.pairs, self.squares, self.count, self.total = vocabulary, 0, 0.0, None, None
+
+    def add(self, x: torch.Tensor, t: torch.Tensor) -> None:
+        """Raises ValueError for an id outside the vocabulary."""
+        if self.total is None:
+            self.count = torch.zeros(self.vocabulary, dtype=torch.long, device=x.device)
+            self.total = torch.zeros(self.vocabulary, x.shape[1], dtype=torch.float64, device=x.device)
+        for x, t in zip(x.split(8192), t.split(8192)):
             if not len(t):
                 continue
-            x, t = x.double(), t.long()
-            if t.max() >= vocabulary:
-                raise ValueError(f"token id {int(t.max())} is outside the vocabulary of {vocabulary}: these "
+            x, t = x.double(), t.to(x.device, torch.long)
+            if t.max() >= self.vocabulary:
+                raise ValueError(f"token id {int(t.max())} is outside the vocabulary of {self.vocabulary}: these "
                                  "activations belong to another language model")
-            count += torch.bincount(t, minlength=vocabulary)
-            total.index_add_(0, t, x)
-            squares, pairs = squares + x.square().sum().item(), pairs + len(t)
-    if not pairs:
-        raise ValueError(NO_POSITION)
-    mean = total.sum(0) / pairs
-    scale = (squares / pairs - mean.square().sum()).div(d_model).clamp(min=0).sqrt()
-    return dict(mean=mean.float(), scale=scale.float(), count=count, sum=total.float())
+            self.count += torch.bincount(t, minlength=self.vocabulary)
+            self.total.index_add_(0, t, x)
+            self.squares, self.pairs = self.squares + x.square().sum().item(), self.pairs + len(t)
+
+    def result(self) -> dict[str, torch.Tensor]:
+        """Raises ValueError where there was no pair."""
+        if not self.pairs:
+            raise ValueError(NO_POSITION)
+        mean = self.total.sum(0) / self.pairs
+        scale = (self.squares / self.pairs - mean.square().sum()).div(len(mean)).clamp(min=0).sqrt()
+        return dict(mean=mean.float(), scale=scale.float(), count=self.count, sum=self.total.float())
+
+
+def statistics(parts: Iterable[Pair], vocabulary: int) -> dict[str, torch.Tensor]:
+    """The `Moments` of parts (x, t), in one pass."""
+    moments = Moments(vocabulary)
+    for part in parts:
+        moments.add(*part)
+    return moments.result()
 
 
 class _Rows:

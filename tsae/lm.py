@@ -125,7 +125,8 @@ class LM:
         return lambda patch: torch.cat([self.nats(part, layer, patch, x) for part, x in held]).mean().item()
 
     def _split(self, rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return rows.split(max(1, min(64, 2**28 // (rows.shape[1] * self.vocabulary))))  # logits of 1 GB at the most
+        most = 2**22 if self.device.type == "cpu" else 2**28  # logits at once: larger ones are fresh pages every time
+        return rows.split(max(1, min(64, most // (rows.shape[1] * self.vocabulary))))
 
     @cached_property
     def fingerprint(self) -> str:
@@ -151,24 +152,26 @@ class LM:
     @torch.no_grad()
     def next_token_logits(self, tokens: torch.Tensor, layer: int = 0,
                           patch: Callable[[torch.Tensor], torch.Tensor] | None = None,
-                          residuals: torch.Tensor | None = None) -> torch.Tensor:
-        """Logits (b, V) float32 of what follows the last token of rows (b, T).
+                          residuals: torch.Tensor | None = None, at: torch.Tensor | None = None) -> torch.Tensor:
+        """Logits (b, V) float32 of what follows one token of each of the rows (b, T): the last, or that in column `at` (b,).
 
-        `patch(x) -> x_hat` replaces the residuals x (b, d) of the last position at `layer`. Given the `residuals` (b, T, d)
-        there, the blocks below are skipped.
+        `patch(x) -> x_hat` replaces the residuals x (b, d) there at `layer`. Given the `residuals` (b, T, d) at that layer,
+        the blocks below are skipped.
         """
-        tokens = self._checked(tokens, [layer])
-        with self.traced.trace(input_ids=tokens, use_cache=False, logits_to_keep=1):
+        tokens, length = self._checked(tokens, [layer]), tokens.shape[1]
+        at = torch.full((len(tokens),), length - 1) if at is None else at
+        first, which = int(at.min()), (torch.arange(len(tokens), device=self.device), at.to(self.device))
+        with self.traced.trace(input_ids=tokens, use_cache=False, logits_to_keep=length - first):
             if residuals is not None:
                 for below in range(layer):
                     self.blocks[below].skip(residuals.to(self.model.dtype))
             if patch is not None:
                 x = self.blocks[layer].input
                 mended = self._centre(x.float())
-                mended[:, -1] = patch(mended[:, -1])
+                mended[which] = patch(mended[which])
                 self.blocks[layer].input = mended.to(x.dtype)
             logits = self.traced.output.logits.save()
-        return logits[:, -1].float()
+        return logits[which[0], which[1] - first].float()
 
 
 def bos_id(tokenizer) -> int:

@@ -18,14 +18,22 @@ from tsae.sae import SAE
 from tsae.scores import firings, spread
 
 
+def residuals(lm, rows: torch.Tensor, layer: int, most_gb: float = 1.0) -> torch.Tensor | None:
+    """Residuals (N, T, d) float32 of token rows (N, T) for `effects` of several SAEs, in main memory; None if more than that."""
+    if rows.numel() * lm.d_model * 4 > most_gb * 1e9:
+        return None
+    return torch.cat([lm.residuals(part, [layer])[layer].cpu() for part in rows.split(64)])
+
+
 def effects(lm, sae: SAE, layer: int, codes: csc_array, text: Text, rows: torch.Tensor, contexts: int = 2,
-            before: int = 0, top: int = 8, batch: int = 512) -> pd.DataFrame:
+            before: int = 0, top: int = 8, batch: int = 128, held: torch.Tensor | None = None) -> pd.DataFrame:
     """The change in the next-token distribution when each live feature is ablated or boosted at its own firings.
 
     `contexts` firings of each feature, evenly over the ranks of its codes (m, n), each at the end of its row up to there
     (`before` > 0: of BOS and the last `before` tokens, faster; what a feature reads further back is then lost): code x
     decoder row is subtracted from, or once more added to, the residual of that one position at `layer`. One pass gives
-    the clean, ablated and boosted distributions of a batch. `rows` (N, T) are the text's tokens. Columns: feature,
+    the clean, ablated and boosted distributions of a batch. `rows` (N, T) are the text's tokens, `held` their `residuals`
+    where these were computed before (not with `before`). Columns: feature,
     contexts; kl_ablate, kl_boost: KL(clean || patched) in nats, means over contexts; promoted, suppressed: the `top`
     tokens whose probability differs most between boosted and ablated; direct_promoted, direct_suppressed: by direct
     logit attribution, the decoder row times the unembedding; direct_agreement: correlation over the vocabulary of that
@@ -35,29 +43,35 @@ def effects(lm, sae: SAE, layer: int, codes: csc_array, text: Text, rows: torch.
     picked = spread(codes, np.ones(codes.shape[0], bool), contexts)
     picked = picked[np.argsort(feature[picked], kind="stable")]
     position, feature, code = position[picked], feature[picked], torch.from_numpy(code[picked]).float()
-    readers, held, parts = unembedding(lm), max(1, 2**25 // lm.vocabulary), []
+    readers, each, parts = unembedding(lm), max(1, 2**25 // lm.vocabulary), []
     live = np.unique(feature)
-    for some in tqdm(np.split(live, range(held, len(live), held)), "effects", leave=False):
+    for some in tqdm(np.split(live, range(each, len(live), each)), "effects", leave=False):
         which = np.flatnonzero(np.isin(feature, some))
         parts.append(_effects(lm, sae, layer, rows, text.row[position[which]], text.column[position[which]], some,
-                              np.searchsorted(some, feature[which]), code[which], before, top, batch, readers))
+                              np.searchsorted(some, feature[which]), code[which], before, top, batch, readers, held))
     return pd.concat(parts, ignore_index=True)
 
 
 @torch.no_grad()
-def _effects(lm, sae, layer, rows, row, column, live, of, code, before, top, batch, readers) -> pd.DataFrame:
+def _effects(lm, sae, layer, rows, row, column, live, of, code, before, top, batch, readers, held) -> pd.DataFrame:
     """`effects` of the features `live` (f,): context i is at row[i], column[i], of feature live[of[i]]."""
     kl, moved = torch.zeros(2, len(live)), torch.zeros(2, len(live), lm.vocabulary)
-    length = np.minimum(column, before) if before else column
-    for size in np.unique(length):
-        for part in np.split(group := np.flatnonzero(length == size), range(batch, len(group), batch)):
-            columns = np.c_[np.zeros((len(part), 1), int), column[part, None] + np.arange(1 - size, 1)]
-            tokens = rows[torch.from_numpy(row[part, None]), torch.from_numpy(columns)]
-            x = lm.residuals(tokens, [layer])[layer]
+    # Rows of one length go together; what comes after a position changes nothing there, so that lengths can be rounded up.
+    last = np.minimum(column, before) if before else np.minimum(column | 7, rows.shape[1] - 1)
+    for end in np.unique(last):
+        for part in np.split(group := np.flatnonzero(last == end), range(batch, len(group), batch)):
+            at, columns = column[part], np.arange(end + 1)[None]
+            if before:
+                columns = np.c_[np.zeros((len(part), 1), int), at[:, None] + columns[:, 1:] - end]
+                at = np.full(len(part), end)
+            where = torch.from_numpy(row[part, None]), torch.from_numpy(columns)
+            tokens = rows[where]
+            x = lm.residuals(tokens, [layer])[layer] if held is None or before else held[where].to(lm.device)
             rows_of = sae.W_dec[torch.from_numpy(live[of[part]]).to(x.device)]
             step = code[part, None].to(x.device) * rows_of * sae.scale
             steps = torch.cat([torch.zeros_like(step), -step, step])
-            logs = lm.next_token_logits(tokens.repeat(3, 1), layer, lambda a, steps=steps: a + steps, x.repeat(3, 1, 1))
+            logs = lm.next_token_logits(tokens.repeat(3, 1), layer, lambda a, steps=steps: a + steps, x.repeat(3, 1, 1),
+                                        torch.from_numpy(at).repeat(3))
             clean, ablated, boosted = logs.log_softmax(-1).cpu().chunk(3)
             to = torch.from_numpy(of[part])
             for i, patched in enumerate((ablated, boosted)):
