@@ -124,26 +124,31 @@ def top(v: torch.Tensor, k: int) -> torch.Tensor:
     """Indices (b, k) of the k largest entries of each row of v (b, m), in no order.
 
     The k largest lie in the k columns with the largest maxima when a row is cut into columns: selecting these first
-    spares most of the work, as often as it pays.
+    spares most of the work.
     """
     m = v.shape[1]
     groups = 1 << int(math.log2(m / k)) // 2 if m > 16 * k else 1
     if groups == 1 or m % groups:
         return _head(v, k)
     cut = v.view(len(v), groups, m // groups)
-    columns = top(cut.amax(1), k)
-    inside = top(cut.gather(2, columns.unsqueeze(1).expand(-1, groups, -1)).view(len(v), -1), k)
+    columns = _head(cut.amax(1), k)
+    inside = _head(cut.gather(2, columns.unsqueeze(1).expand(-1, groups, -1)).view(len(v), -1), k)
     return inside // k * (m // groups) + columns.gather(1, inside % k)
 
 
 def _head(v: torch.Tensor, k: int) -> torch.Tensor:
     m = v.shape[1]
-    if v.is_cuda or v.dtype != torch.int16 or m > 2**16:
+    if v.is_cuda or v.dtype not in (torch.int16, torch.float32) or v.dtype == torch.int16 and m > 2**16:
         return v.topk(k, dim=-1, sorted=False).indices
-    # Value and place in one number: numpy partitions 32 bits many times as fast as torch selects, and no two are equal.
-    keys = ((v.int() << 16) | torch.arange(m, dtype=torch.int32)).numpy()
+    # Value and place in one number: numpy partitions these many times as fast as torch selects, and no two are equal.
+    if v.dtype == torch.int16:
+        keys = (v.int() << 16) | torch.arange(m, dtype=torch.int32)
+    else:
+        bits = v.view(torch.int32)
+        keys = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).long() << 32 | torch.arange(m)  # as numbers, in the order of the floats
+    keys = keys.numpy()
     keys.partition(m - k, axis=1)
-    return torch.from_numpy(keys[:, m - k:] & 0xFFFF).long()
+    return torch.from_numpy(keys[:, m - k:] & (0xFFFF if v.dtype == torch.int16 else 0xFFFFFFFF)).long()
 
 
 def largest(values: torch.Tensor, k: int) -> torch.Tensor:

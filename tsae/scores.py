@@ -92,7 +92,7 @@ def ladder(codes: csc_array, text: Text, prior: float = 2.0, negatives: int = 40
     asked_ends = np.r_[0, np.bincount(asked_feature, minlength=n).cumsum()]
     zeros = silent - np.diff(asked_ends)
     p, j, v = np.r_[p, sample[asked_row]], np.r_[j, asked_feature], np.r_[v, np.zeros(len(asked_row))]
-    order = np.argsort(j * (int(levels[-1].max()) + 1) + levels[-1][p], kind="stable")
+    order = np.argsort(j * (int(levels[-1].max()) + 1) + levels[-1][p])
     p, j, v = p[order], j[order], v[order]
     fitted, tested = text.fit[p] & (v > 0), held[p] & (v > 0)
     counted = np.bincount(j[tested], minlength=n)
@@ -140,7 +140,8 @@ def _below(chance, j, tested, asked, ends, zeros) -> np.ndarray:
     def key(which):
         return (j[which].astype(np.uint64) << np.uint64(32)) | chance[which].astype(np.float32).view(np.uint32)
 
-    silent, fired, feature, some = np.sort(key(asked)), key(tested), j[tested], chance[tested] > 0
+    silent, fired = np.sort(key(asked)), np.sort(key(tested))  # sorted ones are searched for many times as fast
+    feature, some = (fired >> np.uint64(32)).astype(np.int64), fired.astype(np.uint32) > 0
     low, high = np.searchsorted(silent, fired), np.searchsorted(silent, fired, side="right")
     pairs = low - ends[feature] + (high - low) / 2 + np.where(some, zeros[feature], zeros[feature] / 2)
     return np.bincount(feature, pairs, len(zeros))
@@ -159,7 +160,7 @@ def token_statistics(codes: csc_array, text: Text, top: int = 20, seed: int = 0)
     (m, n), (p, j, v) = codes.shape, firings(codes)
     tokens, token = np.unique(text.t, return_inverse=True)
     fired, size = np.diff(codes.indptr), np.bincount(token)
-    drawn = np.lexsort((np.random.default_rng(seed).random(len(p)), j))
+    drawn = _within(j, np.random.default_rng(seed).integers(2**32, size=len(p), dtype=np.uint32))
     weights = dict(peak=_first(strongest(codes), j, codes.indptr, top), drawn=_first(drawn, j, codes.indptr, top),
                    firing=np.ones(len(p)), mass=v)
     count, found, share = csr_array((weights["firing"], (j, token[p])), shape=(n, len(tokens))), {}, fired / m
@@ -189,8 +190,13 @@ def token_statistics(codes: csc_array, text: Text, top: int = 20, seed: int = 0)
 
 
 def strongest(codes: csc_array) -> np.ndarray:
-    """The order (nnz,) of firings by feature, then strongest first."""
-    return np.lexsort((-codes.data, firings(codes)[1]))
+    """The order (nnz,) of firings by feature, then strongest first (by float32 codes), then by position."""
+    return _within(firings(codes)[1], ~codes.data.astype(np.float32).view(np.uint32))
+
+
+def _within(group: np.ndarray, key: np.ndarray) -> np.ndarray:
+    """The order by group, then by key (uint32), then as they came: numpy sorts single numbers many times as fast as pairs."""
+    return np.argsort((group.astype(np.uint64) << np.uint64(32)) | key, kind="stable")
 
 
 def _first(order: np.ndarray, j: np.ndarray, ends: np.ndarray, top: int) -> np.ndarray:
@@ -239,7 +245,7 @@ def explained(codes: csc_array, text: Text, size: int = 10, examples: int = 50, 
         feature, group, count = _counted(j[fits], ids[p[fits]], n, len(seen))
         gain = count / fired[feature] - (seen[group] - count) / np.maximum(fit.sum() - fired, 1)[feature]
         good = (count > 1) & (gain > 0)
-        order = np.flatnonzero(good)[np.lexsort((-gain[good], feature[good]))]
+        order = np.flatnonzero(good)[_within(feature[good], ~gain[good].astype(np.float32).view(np.uint32))]
         ends = np.searchsorted(feature[order], np.arange(n))
         order = order[np.arange(len(order)) - ends[feature[order]] < size]
         kept.append((feature[order], group[order]))
@@ -298,7 +304,10 @@ def _isin(values: np.ndarray, ordered: np.ndarray) -> np.ndarray:
     """Which values are among ordered ones."""
     if not len(ordered):
         return np.zeros(len(values), bool)
-    return ordered[np.minimum(np.searchsorted(ordered, values), len(ordered) - 1)] == values
+    order = np.argsort(values)
+    values, found = values[order], np.empty(len(values), bool)
+    found[order] = ordered[np.minimum(np.searchsorted(ordered, values), len(ordered) - 1)] == values
+    return found
 
 
 def _neighbours(which: np.ndarray, p: np.ndarray, j: np.ndarray, text: Text,
