@@ -8,7 +8,8 @@ as dead after 10 million tokens or 1000 steps, so that AuxK is ready in all that
 contender that is given dead features on purpose.
 
 A case: kind, d, n, k, batch, vocabulary (rows of the lookup table, 0 without), dead (the share of features that never
-fire), device, threads.
+fire), active (the features active at a position at the start of relu, gated and jumprelu, 0: as they come, half of them
+in relu and gated), device, threads.
 """
 
 import json
@@ -81,7 +82,8 @@ def floor(case, source):
 def tsae(case, source):
     """`train.fit`: Adam, row-wise Adam on the table, unit decoder rows, dead counts, AuxK wherever a feature is dead.
 
-    Dead features have encoders too short to be among the k largest; half of their pre-activations are positive.
+    Dead features have encoders too short to be among the k largest; half of their pre-activations are positive. Few active
+    features are those above a bias (jumprelu: a threshold) that is the same for all.
     """
     from tsae import sae, train
     rows, off = case["vocabulary"], int(case["dead"] * case["n"])
@@ -89,6 +91,10 @@ def tsae(case, source):
     model.start(torch.zeros(case["d"]), torch.zeros(rows, case["d"]) if rows else None, seed=0).to(case["device"])
     with torch.no_grad():
         model.W_enc[:off] *= 0.01
+        if case["active"]:
+            pre = model.preactivations(batches(case, 1)[0][0])
+            bar = pre.flatten().topk(case["active"] * len(pre)).values[-1]
+            model.log_threshold.fill_(bar.log()) if case["kind"] == "jumprelu" else model.b_enc.fill_(-bar)
     train.fit(model, source, FOR_EVER, lr=1e-4, sparsity=1e-3, quick=True,
               dead_after_tokens=2 * case["batch"] if off else 10_000_000)
 

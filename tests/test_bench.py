@@ -12,7 +12,7 @@ from conftest import tiny_network
 
 from tsae import store
 
-CASE = dict(kind="topk", d=8, n=32, k=4, batch=16, vocabulary=0, dead=0.0, device="cpu", threads=1)
+CASE = dict(kind="topk", d=8, n=32, k=4, batch=16, vocabulary=0, dead=0.0, active=0, device="cpu", threads=1)
 OPTIONS = Namespace(rounds=3, turn=1.0, limit=600.0, threads=1, full=False, peers=False, vocabulary=50,
                     size=dict(d=8, n=32, k=4, batch=16))
 STUB = """
@@ -119,6 +119,14 @@ def test_contenders_train_on_as_many_batches_as_told(name, case):
     with pytest.raises(SystemExit):
         getattr(peers, name)(CASE | case, peers.commands(CASE | case, said.append, io.StringIO("run 4\n")))
     assert [message.get("steps") for message in said] == [None, 4]
+
+
+@pytest.mark.parametrize("kind", ["relu", "gated", "jumprelu"])
+def test_few_active_features_are_as_many_as_asked(kind, monkeypatch):
+    case, seen = CASE | dict(kind=kind, active=4), []
+    monkeypatch.setattr("tsae.train.fit", lambda sae, source, *_, **__: seen.append(sae.loss(next(source)[0])["codes"]))
+    peers.tsae(case, peers.commands(case, lambda _: None, io.StringIO("run 1\n")))
+    assert (seen[0] > 0).sum().item() == pytest.approx(4 * case["batch"], abs=1)
 
 
 def test_truncated_ends_where_residuals_are_read(tiny):

@@ -3,6 +3,7 @@
 import os
 import shutil
 import signal
+import threading
 import weakref
 from copy import deepcopy
 
@@ -460,6 +461,42 @@ def test_the_sae_that_diverges_is_named_and_in_no_checkpoint(tmp_path):
         with pytest.raises(FloatingPointError, match=r"W_lookup of the topk SAE \(n 8, .* infinite values after"):
             train.fit(sae, mixed(x[t != 7], t[t != 7], 50), 500, folder=folder, checkpoint_every_s=every)
     assert checkpoints.newest(tmp_path) is None
+
+
+def test_small_runs_side_by_side_leave_no_thread_idle(monkeypatch):
+    """One thread each, and none of OpenMP's beside them, which would spin on the cores that the runs need."""
+    seen, step = [], train.Run.step
+
+    def watched(run, x, t):
+        seen.append((threading.current_thread() is threading.main_thread(), torch.get_num_threads()))
+        return step(run, x, t)
+
+    monkeypatch.setattr(train.Run, "step", watched)
+    x, t, _ = planted(500)
+    torch.set_num_threads(2)
+    try:
+        for small, wanted in ((10**6, {(False, 1)}), (0, {(True, 2)})):
+            monkeypatch.setattr(train, "SMALL", small)
+            seen.clear()
+            source = Watched(mixed(x, t, 50))
+            runs = [train.Run(started(), 500, check=lambda _: dict(threads=torch.get_num_threads()), checks=2)
+                    for _ in range(3)]
+            history = train.fit_all(runs, source)[0]
+            assert set(seen) == wanted and source.threads == {threads for _, threads in wanted}
+            assert history["threads"].dropna().tolist() == [2, 2] and torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(1)
+
+
+class Watched:
+    """A source that notes how many threads torch has where it is read."""
+
+    def __init__(self, source):
+        self.source, self.threads = source, set()
+
+    def __next__(self):
+        self.threads.add(torch.get_num_threads())
+        return next(self.source)
 
 
 def test_only_steps_are_quick():

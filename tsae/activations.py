@@ -85,16 +85,16 @@ class Moments:
         if self.total is None:
             self.count = torch.zeros(self.vocabulary, dtype=torch.long, device=x.device)
             self.total = torch.zeros(self.vocabulary, x.shape[1], dtype=torch.float64, device=x.device)
-        for x, t in zip(x.split(8192), t.split(8192)):
-            if not len(t):
+        for a, tokens in zip(x.split(8192), t.split(8192)):
+            if not len(tokens):
                 continue
-            x, t = x.double(), t.to(x.device, torch.long)
-            if t.max() >= self.vocabulary:
-                raise ValueError(f"token id {int(t.max())} is outside the vocabulary of {self.vocabulary}: these "
+            a, tokens = a.double(), tokens.to(x.device, torch.long)
+            if tokens.max() >= self.vocabulary:
+                raise ValueError(f"token id {int(tokens.max())} is outside the vocabulary of {self.vocabulary}: these "
                                  "activations belong to another language model")
-            self.count += torch.bincount(t, minlength=self.vocabulary)
-            self.total.index_add_(0, t, x)
-            self.squares, self.pairs = self.squares + x.square().sum().item(), self.pairs + len(t)
+            self.count += torch.bincount(tokens, minlength=self.vocabulary)
+            self.total.index_add_(0, tokens, a)
+            self.squares, self.pairs = self.squares + a.square().sum().item(), self.pairs + len(tokens)
 
     def result(self) -> dict[str, torch.Tensor]:
         """Raises ValueError where there was no pair."""

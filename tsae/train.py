@@ -223,7 +223,7 @@ def fit_all(runs: list[Run], source: Iterator[Pair], quick: bool = False, folder
     if folder:
         _restore(runs, source, quick, folder, sharded)
     quiet = {} if parallel.main() else dict(disable=True)  # one bar is enough
-    saved = time.monotonic()
+    saved, threads = time.monotonic(), torch.get_num_threads()
     with (checkpoints.stoppable() as stop, _side_by_side(runs) as each,
           tqdm(total=tokens, initial=runs[0].seen, desc=label, unit="tok", unit_scale=True, leave=False,
                **quiet) as progress):
@@ -235,8 +235,9 @@ def fit_all(runs: list[Run], source: Iterator[Pair], quick: bool = False, folder
             x, t = x.to(runs[0].silent.device), t.to(runs[0].silent.device)
             with quick_products(quick):
                 checking = [run for run, out in zip(runs, each(Run.step, runs, repeat(x), repeat(t))) if run.log(x, out)]
-            for run in checking:
-                run.look()
+            with _threads(threads):
+                for run in checking:
+                    run.look()
             progress.update(runs[0].seen - progress.n)
             due = bool(folder) and time.monotonic() - saved >= checkpoint_every_s
             asked = parallel.any_rank(stop.signal or due, runs[0].silent.device)  # 1: a checkpoint; more: a signal
@@ -270,12 +271,19 @@ def _side_by_side(runs: list[Run]) -> Iterator[Callable]:
     if len(runs) == 1 or cores == 1 or any(run.sae.W_enc.is_cuda or run.sae.W_enc.numel() > SMALL for run in runs):
         yield map
         return
-    torch.set_num_threads(1)  # here too: OpenMP's idle threads would spin on the cores that the runs need
+    with (_threads(1),  # here too: OpenMP's idle threads would spin on the cores that the runs need
+          ThreadPoolExecutor(min(cores, len(runs)), initializer=torch.set_num_threads, initargs=(1,)) as pool):
+        yield pool.map
+
+
+@contextmanager
+def _threads(n: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(n)
     try:
-        with ThreadPoolExecutor(min(cores, len(runs)), initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            yield pool.map
+        yield
     finally:
-        torch.set_num_threads(cores)
+        torch.set_num_threads(before)
 
 
 @dataclass
