@@ -8,12 +8,14 @@ import importlib.util
 import os
 import subprocess
 import sys
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
 import torch
 
-from tsae import gpu
+from tsae import gpu, kernels
+from tsae.sae import SAE
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
@@ -139,6 +141,27 @@ def test_spare_candidates_undo_the_rounding():
     assert gpu.select_top(x, W, bias, 1, spare=7)[1].tolist() == [[7], [7]]
     values, index = gpu.select_top(x, W, bias, 1, spare=0)
     assert same(values, (x @ W.T).gather(1, index).cpu()), "exact values even so"
+
+
+@needs_kernels
+@pytest.mark.parametrize("lookup", ["none", "learned"])
+@pytest.mark.parametrize("activation", ["relu", "topk", "batchtopk", "jumprelu", "gated"])
+def test_a_step_through_the_kernels_is_that_of_float64(activation, lookup, monkeypatch):
+    """The kernels refuse float64, so that the other step runs the library's calls. AuxK over many dead features and few."""
+    monkeypatch.setattr(kernels, "FEW", 1.0)
+    make = torch.Generator().manual_seed(0)
+    sae = SAE(4, 48, activation, 3, 7, lookup, bandwidth=0.1)
+    for p in sae.parameters():
+        p.data = torch.randn(p.shape, generator=make)
+    x, t = torch.randn(9, 4, generator=make), torch.randint(7, (9,), generator=make)
+    for dead in (40, 3):
+        found = []
+        for dtype in (torch.float32, torch.float64):
+            one = deepcopy(sae).to(DEVICE, dtype)
+            out = one.loss(x.to(DEVICE, dtype), t.to(DEVICE), 0.3, torch.arange(48, device=DEVICE) < dead)
+            out["loss"].backward()
+            found.append([out["loss"], *(p.grad.to_dense() for p in one.parameters())])
+        assert all(same(a.detach(), b.detach().cpu(), 1e-4) for a, b in zip(*found)), (activation, dead)
 
 
 @needs_kernels

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable
 import numpy as np
 import pandas as pd
 import torch
-from scipy import stats
+from scipy.special import stdtrit
 
 from tsae.sae import SAE
 
@@ -40,7 +40,7 @@ def interval(values: Iterable[float], level: float = 0.95) -> tuple[float, float
     values = np.asarray(list(values), dtype=float)
     if len(values) < 2:
         return values.mean(), float("nan"), float("nan")
-    half = stats.t.ppf((1 + level) / 2, len(values) - 1) * values.std(ddof=1) / len(values) ** 0.5
+    half = stdtrit(len(values) - 1, (1 + level) / 2) * values.std(ddof=1) / len(values) ** 0.5
     return values.mean(), values.mean() - half, values.mean() + half
 
 

@@ -102,7 +102,7 @@ def transpose_product(support: Support | None, values: torch.Tensor, x: torch.Te
     """C^T x (n, d) for the codes C (b, n) that have `values` on their support, or are `values`, and x (b, d)."""
     if support is None:
         return product(values.T, x)
-    if gpu.takes(x):
+    if support.rows is None and gpu.takes(x):
         return gpu.transpose_product(support.index, values, x, support.n, support.order)
     return embedding_bag(support.position, x, support.starts, mode="sum", include_last_offset=True,
                          per_sample_weights=values.flatten()[support.order])
@@ -112,7 +112,7 @@ def sampled_products(support: Support | None, x: torch.Tensor, W: torch.Tensor) 
     """x[b] . W[index[b, j]] as (b, k) or (m,), from x (b, d) and W (n, d); all of them (b, n) without a support."""
     if support is None:
         return product(x, W.T)
-    if gpu.takes(x):
+    if support.rows is None and gpu.takes(x):
         return gpu.sampled_products(x, W, support.index)
     # A bag per feature whose members are the rows of x: the gradient of the bags' weights is what is wanted.
     products = torch.ops.aten._embedding_bag_per_sample_weights_backward(
@@ -181,7 +181,7 @@ def _top(x: torch.Tensor, W: torch.Tensor, bias: torch.Tensor, k: int) -> tuple[
         values, index = gpu.select_top(x, W, bias, k, torch.bfloat16 if _quick else torch.float32)
         return Support(index, len(W)), values
     rows = max(64, 1 << (CHUNK // len(W)).bit_length() - 1)
-    product = _bfloat16_product(W, bias, rows) if _quick else lambda part: torch.addmm(bias, part, W.T)
+    product = _bfloat16_product(W, bias, rows) if _quick else partial(_affine, W, bias)
     chosen = []
     for part in x.split(rows):
         pre = product(part)
@@ -190,6 +190,18 @@ def _top(x: torch.Tensor, W: torch.Tensor, bias: torch.Tensor, k: int) -> tuple[
         chosen.append((index, None if _quick else pre.gather(1, index)))
     support = Support(torch.cat([index for index, _ in chosen]), len(W))
     return support, None if _quick else torch.cat([values for _, values in chosen])
+
+
+def _onednn(x: torch.Tensor) -> bool:
+    """Whether float32 products go to oneDNN: on processors of AMD it is twice as fast as MKL, which torch prefers."""
+    return not x.is_cuda and x.dtype == torch.float32 and torch.backends.mkldnn.is_available()
+
+
+def _affine(W: torch.Tensor, bias: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """W x + bias (b, n)."""
+    if _onednn(x):
+        return torch.ops.mkldnn._linear_pointwise(x, W, bias, "none", [], "")
+    return torch.addmm(bias, x, W.T)
 
 
 @cache
@@ -214,7 +226,7 @@ def _above(x: torch.Tensor, W: torch.Tensor, bias: torch.Tensor, bound: Bound | 
     """
     if x.is_cuda or bound is None or len(x) == 0:
         return None, sampled_products(None, x, W).add_(bias)
-    pre = _bfloat16_product(W, bias, len(x))(x) if _quick else torch.addmm(bias, x, W.T)
+    pre = _bfloat16_product(W, bias, len(x))(x) if _quick else _affine(W, bias, x)
     least = bound(pre.flatten()) if callable(bound) else bound
     if _quick:  # a step of bfloat16 lower, for what was rounded down
         reach = pre.view(torch.int16).numpy() > (least.bfloat16().view(torch.int16) - 2).clamp_min(0).numpy()
@@ -277,7 +289,7 @@ class _SumRows(torch.autograd.Function):
         ctx.support = support
         if support is None:
             return product(values, W)
-        if gpu.takes(W):
+        if support.rows is None and gpu.takes(W):
             return gpu.sum_rows(values, support.index, W)
         if support.rows is None:
             return embedding_bag(support.index, W, per_sample_weights=values, mode="sum")
@@ -326,4 +338,4 @@ def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """a b, float32 in and out; inside `quick_products` on a CPU from inputs rounded to bfloat16."""
     if _quick and not a.is_cuda and _has_bfloat16():  # oneDNN's own conversion of float32 takes twice as long
         return (a.bfloat16() @ b.bfloat16()).float()
-    return a @ b
+    return torch.ops.mkldnn._linear_pointwise(a, b.T, None, "none", [], "") if _onednn(a) else a @ b

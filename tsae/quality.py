@@ -19,7 +19,7 @@ from tsae.scores import firings, spread
 
 
 def residuals(lm, rows: torch.Tensor, layer: int, most_gb: float = 1.0) -> torch.Tensor | None:
-    """Residuals (N, T, d) float32 of token rows (N, T) for `effects` of several SAEs, in main memory; None if more than that."""
+    """Residuals (N, T, d) float32 of token rows (N, T) for `effects` of several SAEs, in main memory; None over `most_gb`."""
     if rows.numel() * lm.d_model * 4 > most_gb * 1e9:
         return None
     return torch.cat([lm.residuals(part, [layer])[layer].cpu() for part in rows.split(64)])

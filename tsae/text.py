@@ -30,9 +30,12 @@ SUFFIXES = {".txt": "text", ".jsonl": "json", ".parquet": "parquet"}
 
 
 def _docstrings_of(path: str) -> list[str]:
-    """The docstrings of one source file, read with `ast`: nothing is imported or executed."""
+    """The docstrings in triple quotes of one source file, read with `ast`: nothing is imported or executed."""
     try:
-        tree = ast.parse(Path(path).read_text(encoding="utf-8"))
+        source = Path(path).read_text(encoding="utf-8")
+        if '"""' not in source and "'''" not in source:  # a third of the files
+            return []
+        tree = ast.parse(source)
     except (SyntaxError, UnicodeDecodeError, ValueError):  # test suites ship files that are wrong on purpose
         return []
     kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
