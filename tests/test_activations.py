@@ -472,6 +472,14 @@ def test_no_store_gets_a_sentence(tmp_path, at):
         Store.open(at)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_moments_of_what_is_no_number_are_refused(value):
+    moments = activations.Moments(5)
+    moments.add(torch.tensor([[1.0, value]]), torch.tensor([2]))
+    with pytest.raises(ValueError, match="NaN or infinite.*another layer"):
+        moments.result()
+
+
 @pytest.mark.parametrize("kind", ["store", "memory"])
 def test_statistics_by_hand(at, kind):
     x, t = residuals(KEPT), KEPT % 50  # the last of 51 tokens never occurs

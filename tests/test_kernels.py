@@ -105,6 +105,33 @@ def test_quick_products_reach_a_bound_within_a_rounding_of_bfloat16(bound):
         assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-2)
 
 
+def test_what_bfloat16_rounds_to_a_step_below_the_bound_is_kept():
+    """3.0114 from terms that are each rounded to 1; the bound 3.01 is rounded up, a step above 3."""
+    x, W, bound = torch.full((1, 3), 1.0038), torch.ones(2, 3), torch.tensor([3.01, 3.05])
+    with kernels.quick_products(True):
+        values, support = kernels.select_above(x, torch.zeros(3), W, torch.zeros(2), bound, few=1)
+    assert support.index.tolist() == [0] and values.item() == pytest.approx(3.0114)
+
+
+def test_a_bound_of_minus_zero_is_zero():
+    x, centre, W, bias = problem(torch.float32)
+    with kernels.quick_products(True):
+        found = [len(kernels.select_above(x, centre, W, bias, torch.tensor(zero), few=1)[0]) for zero in (0.0, -0.0)]
+    assert found[0] == found[1] > 0
+
+
+@pytest.mark.parametrize("bound", [torch.zeros(()), bound_at(0.1)])
+def test_a_nan_reaches_every_bound(bound):
+    x, centre, W, bias = problem(torch.float32)
+    bias.data[7] = float("nan")
+    assert kernels.select_above(x, centre, W, bias, bound, few=1)[0].isnan().any()
+
+
+def test_more_than_there_are_get_a_sentence():
+    with pytest.raises(ValueError, match="7 largest of 5.*smaller k"):
+        kernels.top(torch.randn(2, 5), 7)
+
+
 def test_rows_combined_are_the_product_with_a_vector():
     _, _, W, bias = problem()
     assert torch.allclose(kernels.combined(bias, W), bias @ W)
@@ -130,15 +157,21 @@ def test_derivatives_are_those_of_finite_differences():
 
 
 @pytest.mark.parametrize("n", [N, 2**16 + 2])  # beyond 16 bits the pairs are sorted otherwise
-def test_products_are_the_naive_sums(n):
+@pytest.mark.parametrize("ragged", [False, True])
+def test_products_are_the_naive_sums(n, ragged):
     g = torch.Generator().manual_seed(0)
     index = torch.stack([torch.randperm(n - 1, generator=g)[:K] for _ in range(B)])
     index[::2, 0] = n - 1  # a feature that many share
     x, W, values = (torch.randn(shape, generator=g) for shape in ((B, D), (n, D), (B, K)))
+    dense, products = torch.zeros(B, n).scatter_(1, index, values), (x @ W.T).gather(1, index)
     support = kernels.Support(index, n)
-    dense = torch.zeros(B, n).scatter_(1, index, values)
+    if ragged:  # the first positions have none, the others all but the last
+        some = torch.arange(B * K)[3 * K:-1]
+        values, products = values.flatten()[some], products.flatten()[some]
+        support = kernels.Support(index.flatten()[some], n, some // K, B)
+        dense[:3], dense[-1, index[-1, -1]] = 0, 0
     assert torch.allclose(kernels.transpose_product(support, values, x), dense.T @ x, atol=1e-5)
-    assert torch.allclose(kernels.sampled_products(support, x, W), (x @ W.T).gather(1, index), atol=1e-5)
+    assert torch.allclose(kernels.sampled_products(support, x, W), products, atol=1e-5)
     assert torch.allclose(kernels.sum_rows(values, support, W), dense @ W, atol=1e-5)
     assert torch.allclose(kernels.total(values, support), dense.sum(0), atol=1e-5)
 
@@ -187,11 +220,13 @@ def test_quick_dense_products_are_rounded_and_no_more():
     assert (quick - exact).abs().max() < 2**-7 * ((x - centre).norm(dim=1).max() * W.norm(dim=1).max())
 
 
-def test_results_are_the_same_bits_every_time():
+@pytest.mark.parametrize("select", [lambda *given: kernels.select_top(*given, 8),
+                                    lambda *given: kernels.select_above(*given, bound_at(0.02), 1)], ids=["top", "above"])
+def test_results_are_the_same_bits_every_time(select):
     x, centre, W, bias = problem(torch.float32, b=3000, n=512)
     with kernels.quick_products(True):
         first, again = ([values, *torch.autograd.grad(kernels.sum_rows(values, support, W).square().sum(), [centre, W, bias])]
-                        for values, support in (kernels.select_top(x, centre, W, bias, 8) for _ in range(2)))
+                        for values, support in (select(x, centre, W, bias) for _ in range(2)))
     assert all(torch.equal(a, b) for a, b in zip(first, again))
 
 

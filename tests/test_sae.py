@@ -282,6 +282,21 @@ def test_a_damaged_folder_gets_a_sentence(tmp_path):
         SAE.load(tmp_path)
 
 
+def test_weights_that_are_not_numbers_are_refused(tmp_path):
+    sae = random_sae("topk").float()
+    sae.b_enc.data[2] = float("nan")
+    with pytest.raises(ValueError, match=f"b_enc of the SAE in {tmp_path} have NaN.*smaller rate"):
+        SAE.load(sae.save(tmp_path))
+
+
+@pytest.mark.parametrize("activation", [name for name in ACTIVATIONS if name != "topk"])
+def test_an_empty_batch_has_gradients(activation):
+    x = torch.zeros(0, D, requires_grad=True)
+    sae = random_sae(activation, "none").float()
+    sae(x).sum().backward()
+    assert not sae.W_enc.grad.any()
+
+
 @pytest.mark.parametrize("use", [SAE.forward, SAE.loss, lambda sae, x, t=None: sae.decode(sae.encode(x, t), t)])
 def test_a_table_needs_token_ids_that_it_has(use):
     use(random_sae("topk", "none"), X)  # without a table they are ignored

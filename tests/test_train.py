@@ -210,6 +210,17 @@ def test_failures_of_training_get_a_sentence():
         train.fit(started(), iter([(x, t), (x * 1e30, t)]), 200)
 
 
+@pytest.mark.parametrize("quick", [False, True])
+@pytest.mark.parametrize("activation", ["relu", "topk", "batchtopk", "jumprelu", "gated"])
+def test_a_bias_that_is_not_a_number_is_named_at_once(activation, quick):
+    """Its feature is never chosen, so that the loss need not show it."""
+    x, t, _ = planted(100)
+    sae = started(activation=activation)
+    sae.b_enc.data[3] = float("nan")
+    with pytest.raises(FloatingPointError, match="after 0 tokens"):
+        train.fit(sae, iter([(x, t)] * 20), 2000, quick=quick)
+
+
 @pytest.fixture
 def data(tiny_gpt2, tmp_path):
     rows = torch.randint(1, 257, (8, 12), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
@@ -475,7 +486,7 @@ def test_small_runs_side_by_side_leave_no_thread_idle(monkeypatch):
     x, t, _ = planted(500)
     torch.set_num_threads(2)
     try:
-        for small, wanted in ((10**6, {(False, 1)}), (0, {(True, 2)})):
+        for small, wanted in ((0, {(True, 2)}), (10**6, {(False, 1)})):
             monkeypatch.setattr(train, "SMALL", small)
             seen.clear()
             source = Watched(mixed(x, t, 50))
@@ -484,6 +495,8 @@ def test_small_runs_side_by_side_leave_no_thread_idle(monkeypatch):
             history = train.fit_all(runs, source)[0]
             assert set(seen) == wanted and source.threads == {threads for _, threads in wanted}
             assert history["threads"].dropna().tolist() == [2, 2] and torch.get_num_threads() == 2
+        train.fit_all([train.Run(started(), 500) for _ in range(3)], stream := WatchedStream(mixed(x, t, 50)))
+        assert stream.threads == {2}, "the language model runs in there"
     finally:
         torch.set_num_threads(1)
 
@@ -497,6 +510,10 @@ class Watched:
     def __next__(self):
         self.threads.add(torch.get_num_threads())
         return next(self.source)
+
+
+class WatchedStream(Watched, activations.Streamed):
+    pass
 
 
 def test_only_steps_are_quick():

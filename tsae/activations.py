@@ -97,9 +97,11 @@ class Moments:
             self.squares, self.pairs = self.squares + a.square().sum().item(), self.pairs + len(tokens)
 
     def result(self) -> dict[str, torch.Tensor]:
-        """Raises ValueError where there was no pair."""
+        """Raises ValueError where there was no pair, or an activation was NaN or infinite."""
         if not self.pairs:
             raise ValueError(NO_POSITION)
+        if not math.isfinite(self.squares):
+            raise ValueError("NaN or infinite activations are among them: choose another layer, or load the model as float32")
         mean = self.total.sum(0) / self.pairs
         scale = (self.squares / self.pairs - mean.square().sum()).div(len(mean)).clamp(min=0).sqrt()
         return dict(mean=mean.float(), scale=scale.float(), count=self.count, sum=self.total.float())

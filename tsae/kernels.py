@@ -1,4 +1,5 @@
-"""The products of a step that touch the rows of active features only, and their derivatives: all but one, the encoder's.
+"""The products of a step that touch the rows of active features only, and their derivatives: all but the encoder's, while
+few features are active.
 
     select_top    the k largest of W (x - centre) + bias at every position, and which they are
     select_above  those that reach a bound, while these are few; else all of them
@@ -124,9 +125,11 @@ def top(v: torch.Tensor, k: int) -> torch.Tensor:
     """Indices (b, k) of the k largest entries of each row of v (b, m), in no order.
 
     The k largest lie in the k columns with the largest maxima when a row is cut into columns: selecting these first
-    spares most of the work.
+    spares most of the work. Raises ValueError where there are fewer than k.
     """
     m = v.shape[1]
+    if k > m:
+        raise ValueError(f"the {k} largest of {m} entries were asked for: choose a smaller k")
     groups = 1 << int(math.log2(m / k)) // 2 if m > 16 * k else 1
     if groups == 1 or m % groups:
         return _head(v, k)
@@ -229,9 +232,10 @@ def _above(x: torch.Tensor, W: torch.Tensor, bias: torch.Tensor, bound: Bound | 
     pre = _bfloat16_product(W, bias, len(x))(x) if _quick else _affine(W, bias, x)
     least = bound(pre.flatten()) if callable(bound) else bound
     if _quick:  # a step of bfloat16 lower, for what was rounded down
-        reach = pre.view(torch.int16).numpy() > (least.bfloat16().view(torch.int16) - 2).clamp_min(0).numpy()
+        bits = least.bfloat16().view(torch.int16).clamp_min(0)
+        reach = pre.view(torch.int16).numpy() > (bits - 2).clamp_min(0).numpy()
     else:
-        reach = (pre > 0).logical_and_(pre >= least).numpy()
+        reach = (pre <= 0).logical_or_(pre < least).logical_not_().numpy()  # NaN reaches any bound: it must show
     if np.count_nonzero(reach) > few * pre.numel():
         return None, pre.float() if _quick else pre
     pairs = torch.from_numpy(np.flatnonzero(reach))  # several times as fast as torch.nonzero
@@ -338,4 +342,4 @@ def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """a b, float32 in and out; inside `quick_products` on a CPU from inputs rounded to bfloat16."""
     if _quick and not a.is_cuda and _has_bfloat16():  # oneDNN's own conversion of float32 takes twice as long
         return (a.bfloat16() @ b.bfloat16()).float()
-    return torch.ops.mkldnn._linear_pointwise(a, b.T, None, "none", [], "") if _onednn(a) else a @ b
+    return torch.ops.mkldnn._linear_pointwise(a, b.T, None, "none", [], "") if _onednn(a) and a.shape[1] else a @ b

@@ -56,6 +56,7 @@ def effects(lm, sae: SAE, layer: int, codes: csc_array, text: Text, rows: torch.
 def _effects(lm, sae, layer, rows, row, column, live, of, code, before, top, batch, readers, held) -> pd.DataFrame:
     """`effects` of the features `live` (f,): context i is at row[i], column[i], of feature live[of[i]]."""
     kl, moved = torch.zeros(2, len(live)), torch.zeros(2, len(live), lm.vocabulary)
+    batch = max(1, min(batch, 2**26 // (24 * lm.vocabulary)))  # logits at once: 8 columns of three copies of each row
     # Rows of one length go together; what comes after a position changes nothing there, so that lengths can be rounded up.
     last = np.minimum(column, before) if before else np.minimum(column | 7, rows.shape[1] - 1)
     for end in np.unique(last):

@@ -208,7 +208,9 @@ class SAE(nn.Module):
         return select_top(self.encoder_input(z, t), self.b_dec, self.W_enc, self.b_enc, self.k)
 
     def _bound(self, b: int):
-        """For `select_above`: what a pre-activation must reach to matter, to codes or to gradients."""
+        """For `select_above`: what a pre-activation must reach to matter, to codes or to gradients; None: all matter."""
+        if self.b_enc.is_cuda:
+            return None
         if self.activation == "batchtopk":
             return partial(self._least, b=b)
         if self.activation == "jumprelu":
@@ -330,4 +332,8 @@ class SAE(nn.Module):
             sae.load_state_dict(load_file(folder / "weights.safetensors"))
         except (SafetensorError, json.JSONDecodeError, UnicodeDecodeError, TypeError, RuntimeError) as error:
             raise ValueError(f"the SAE in {folder} is damaged or of another version ({error}): save it again") from None
+        wrong = [name for name, p in sae.named_parameters() if not torch.isfinite(p).all()]
+        if wrong:
+            raise ValueError(f"{', '.join(wrong)} of the SAE in {folder} have NaN or infinite values: train it again with a "
+                             "smaller rate")
         return sae.eval()

@@ -6,7 +6,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import repeat
@@ -119,7 +119,9 @@ class Run:
             optimiser.zero_grad()
         weight = self.sparsity * min(1.0, (self.seen + 1) / self.warmup_tokens)
         out = self.sae.loss(x, t, weight, self.silent >= self.dead_after_tokens, self.aux_weight)
-        if not torch.isfinite(out["loss"]):
+        if not torch.isfinite(out["loss"] + self.sae.b_enc.detach().sum()):  # a NaN bias need not show in the loss
+            if torch.isfinite(out["loss"]):
+                self.all_finite()
             raise FloatingPointError(f"the loss of the {self.name} is {out['loss'].item()} after {self.seen} tokens: lower "
                                      "`lr`, or check the activations for outliers")
         torch.autograd.backward(out["loss"])  # nnsight replaces Tensor.backward by one that reads source code, in no thread
@@ -228,7 +230,8 @@ def fit_all(runs: list[Run], source: Iterator[Pair], quick: bool = False, folder
           tqdm(total=tokens, initial=runs[0].seen, desc=label, unit="tok", unit_scale=True, leave=False,
                **quiet) as progress):
         while runs[0].seen < tokens:
-            x, t = next(source, (None, None))
+            with _threads(threads) if isinstance(source, Streamed) else nullcontext():  # a stream runs the language model
+                x, t = next(source, (None, None))
             if x is None:
                 raise ValueError(f"{tokens} tokens of training were asked for, the activations ended after "
                                  f"{runs[0].seen}: give more text, or train on fewer")
