@@ -22,6 +22,7 @@ from torch import nn
 from torch.nn.functional import embedding, mse_loss, relu, threshold
 
 from tsae.kernels import (
+    Bound,
     Support,
     kth_of_rows,
     largest,
@@ -207,7 +208,7 @@ class SAE(nn.Module):
         """Top-k codes (b, k) of activations z (b, d) in units of `scale`, and their features."""
         return select_top(self.encoder_input(z, t), self.b_dec, self.W_enc, self.b_enc, self.k)
 
-    def _bound(self, b: int):
+    def _bound(self, b: int) -> Bound | None:
         """For `select_above`: what a pre-activation must reach to matter, to codes or to gradients; None: all matter."""
         if self.b_enc.is_cuda:
             return None
