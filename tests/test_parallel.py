@@ -169,9 +169,10 @@ def exchange(folder: Path) -> None:
         if size == 1 and rank == 1:
             sae.b_enc.grad = sae.W_lookup.grad = None
         sae.W_dec.requires_grad_(False)
-        fired = parallel.share(sae, out["fired"])
+        fired, results["worst"] = parallel.share(sae, out["fired"], out["loss"] + rank)
         assert sae.W_lookup.grad.layout == torch.sparse_coo
         results |= {f"{name} {size}": p.grad.to_dense() for name, p in sae.named_parameters() if p.requires_grad}
+        results["worst"], results[f"loss {size}"] = torch.tensor(results["worst"]), out["loss"].detach()
         results[f"rows {size}"], results["fired"] = sae.W_lookup.grad.coalesce().indices()[0], fired
     values = torch.randn(40, generator=torch.Generator().manual_seed(rank)) + 5 * rank
     results["kth"] = parallel.kth_largest(values, 25)
@@ -183,7 +184,9 @@ def exchange(folder: Path) -> None:
 def test_what_ranks_tell_each_other(tmp_path):
     run(2, exchange, tmp_path)
     first, second = (load_file(tmp_path / f"{rank}.safetensors") for rank in range(2))
-    assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+    own = {name for name in first if name.startswith("loss")}
+    assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first.keys() - own)
+    assert first["worst"] == (second[f"loss {10**9}"] + 1).float(), "the loss of the rank where it is largest"
     sae, (x, t) = build(lookup="learned"), next(Shuffled(Memory(*pairs()), BATCH, seed=1))
     out = sae.loss(x.double(), t)
     out["loss"].backward()

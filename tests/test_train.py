@@ -163,6 +163,7 @@ class Spy(SAE):
         return super().loss(x, t, sparsity, dead, aux_weight)
 
 
+@pytest.mark.filterwarnings("ignore:the loss of .* jumps:RuntimeWarning")  # the seventh batch is of another kind
 def test_dead_is_counted_in_tokens_and_sparsity_warms_up():
     sae = Spy(D, N, "relu").start(torch.zeros(D))
     with torch.no_grad():
@@ -208,6 +209,28 @@ def test_failures_of_training_get_a_sentence():
     assert all(torch.equal(value, before[name]) for name, value in sae.state_dict().items())
     with pytest.raises(FloatingPointError, match="inf after 100 tokens"):
         train.fit(started(), iter([(x, t), (x * 1e30, t)]), 200)
+
+
+def test_a_spike_of_the_loss_heals(monkeypatch):
+    """A batch a thousand times too large, after a restart. Without softening, Adam would hardly move for thousands of steps."""
+    (x, t, _), source = planted(6000), mixed(*planted(6000)[:2], 60)
+    batches = [next(source) for _ in range(300)]
+
+    def error(spike: float, most: float = train.SPIKE) -> float:
+        monkeypatch.setattr(train, "SPIKE", most)
+        first, last = (train.Run(started(), 18_000, lr=3e-3) for _ in range(2))
+        for i, (a, b) in enumerate(batches):
+            if i == 50:
+                last.restore(first.state())
+                assert last.usual == first.usual > 0
+            (first if i < 50 else last).step(a * spike if i == 100 else a, b)
+        return nmse(x, last.sae(x, t).detach())
+
+    calm = error(1.0)
+    with pytest.warns(RuntimeWarning, match=r"topk SAE.* jumps to .* after 6000 tokens, \d+ times the usual"):
+        healed = error(1000.0)
+    frozen = error(1000.0, most=float("inf"))
+    assert healed < 1.3 * calm and frozen > 2 * calm
 
 
 @pytest.mark.parametrize("quick", [False, True])

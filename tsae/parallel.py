@@ -131,14 +131,16 @@ def gathered(x: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def share(module: nn.Module, fired: torch.Tensor) -> torch.Tensor:
-    """Replace gradients by their mean over ranks, bit for bit the same on all; returns `fired` (n,) bool of any rank.
+def share(module: nn.Module, fired: torch.Tensor, loss: torch.Tensor) -> tuple[torch.Tensor, float]:
+    """Replace gradients by their mean over ranks, bit for bit the same on all; returns `fired` (n,) bool of any rank, and the
+    largest `loss` of any, in float32.
 
     A sparse gradient stays sparse. A rank without a gradient counts as zeros. Parameters in `module.sharded` are this
     rank's own: so are their gradients, which have the whole batch in them, and `fired`.
     """
+    loss = loss.detach().float()
     if not together():
-        return fired
+        return fired, loss.item()
     own = getattr(module, "sharded", ())
     common = []
     for name, p in module.named_parameters():
@@ -149,10 +151,12 @@ def share(module: nn.Module, fired: torch.Tensor) -> torch.Tensor:
     for p in common:
         if p.grad is not None and p.grad.is_sparse:
             p.grad = p.grad.coalesce()
-    # What the gradients are on any rank, in the same message as `fired`: 0 none, 1 dense, 2 + rows sparse.
+    # What the gradients are on any rank, in the same message as `fired`: 0 none, 1 dense, 2 + rows sparse. The bits of floats
+    # that are not below 0 have their order.
     kinds = [0 if p.grad is None else 2 + p.grad._nnz() if p.grad.is_sparse else 1 for p in common]
-    told = torch.cat([torch.tensor(kinds, dtype=torch.int32, device=fired.device), fired.int()])
-    dist.all_reduce(told[:len(kinds)] if own else told, dist.ReduceOp.MAX)
+    told = torch.cat([torch.tensor(kinds, dtype=torch.int32, device=fired.device), loss.view(1).view(torch.int32),
+                      fired.int()])
+    dist.all_reduce(told[:len(kinds) + 1] if own else told, dist.ReduceOp.MAX)
     bucket, size = [], 0
     for p, kind in zip(common, told[:len(kinds)].tolist()):
         if kind >= 2:
@@ -164,7 +168,7 @@ def share(module: nn.Module, fired: torch.Tensor) -> torch.Tensor:
             bucket, size = [*bucket, p], size + p.numel()
     if bucket:
         _mean(bucket)
-    return told[len(kinds):].bool()
+    return told[len(kinds) + 1:].bool(), told[len(kinds)].view(torch.float32).item()
 
 
 def _mean(parameters: list[nn.Parameter]) -> None:

@@ -4,6 +4,7 @@ import hashlib
 import math
 import shutil
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
@@ -78,6 +79,9 @@ def learning_rate(progress: float, schedule: str, last: float) -> float:
     raise ValueError(f'schedule is {schedule!r}: expected "cosine" or "decay"')
 
 
+SPIKE = 10.0  # times the usual loss: more is no batch to learn from
+
+
 class Run:
     """One SAE in training: its optimisers, its dead counters, its history, and where it stands.
 
@@ -109,7 +113,7 @@ class Run:
         if table:
             self.optimisers.append((RowAdam(table, table_lr), table_lr))
         self.silent = torch.zeros(sae.n, dtype=torch.long, device=sae.b_enc.device)  # tokens since a feature last fired
-        self.seen, self.logged, self.history = 0, 0, []
+        self.seen, self.logged, self.history, self.usual = 0, 0, [], None  # usual: a running mean of the loss
         self.due = [tokens * 100 ** (i / checks - 1) for i in range(1, checks + 1)]
 
     def step(self, x: torch.Tensor, t: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -125,7 +129,8 @@ class Run:
             raise FloatingPointError(f"the loss of the {self.name} is {out['loss'].item()} after {self.seen} tokens: lower "
                                      "`lr`, or check the activations for outliers")
         torch.autograd.backward(out["loss"])  # nnsight replaces Tensor.backward by one that reads source code, in no thread
-        fired = parallel.share(self.sae, out["fired"])
+        fired, loss = parallel.share(self.sae, out["fired"], out["loss"])
+        self._soften(loss)
         for optimiser, _ in self.optimisers:
             optimiser.step()
         self.sae.normalise()
@@ -133,6 +138,22 @@ class Run:
         self.seen += tokens
         self.silent = torch.where(fired, 0, self.silent + tokens)
         return out
+
+    def _soften(self, loss: float) -> None:
+        """Scale the gradients of a batch whose loss is more than SPIKE times the usual one down to that.
+
+        One such batch would be remembered in Adam's second moments for thousands of steps, in which nothing moves.
+        """
+        most = SPIKE * (loss if self.usual is None else self.usual)
+        if loss > most:
+            warnings.warn(f"the loss of the {self.name} jumps to {loss:.3g} after {self.seen} tokens, {loss / self.usual:.0f} "
+                          "times the usual: the step counts as one of a tenfold loss. If it comes again, look at the "
+                          "activations there, or lower `lr`", RuntimeWarning, stacklevel=2)
+            for p in self.sae.parameters():
+                if p.grad is not None:
+                    p.grad *= most / loss
+        loss = min(loss, most)
+        self.usual = loss if self.usual is None else 0.99 * self.usual + 0.01 * loss
 
     def all_finite(self) -> None:
         """Raises FloatingPointError that names the parameters with NaN or infinite values, if any has."""
@@ -166,7 +187,7 @@ class Run:
         optimisers = {str(i): {str(j): state for j, state in optimiser.state_dict()["state"].items()}
                       for i, (optimiser, _) in enumerate(self.optimisers)}
         return dict(settings=self.settings, sae=self.sae.state_dict(), optimisers=optimisers, silent=self.silent,
-                    seen=self.seen, logged=self.logged, due=self.due, history=self.history)
+                    seen=self.seen, logged=self.logged, due=self.due, history=self.history, usual=self.usual)
 
     def restore(self, state: checkpoints.State) -> None:
         """Go on as after `state`, of which no memory is shared: its tensors may be maps of a file."""
@@ -175,7 +196,8 @@ class Run:
             held = {int(j): moments for j, moments in _cloned(state["optimisers"][str(i)]).items()}
             optimiser.load_state_dict(optimiser.state_dict() | dict(state=held))
         self.silent = _cloned(state["silent"]).to(self.silent.device)
-        self.seen, self.logged, self.due, self.history = (state[name] for name in ("seen", "logged", "due", "history"))
+        self.seen, self.logged, self.due, self.history, self.usual = (
+            state[name] for name in ("seen", "logged", "due", "history", "usual"))
 
 
 def _cloned(value):
