@@ -233,6 +233,15 @@ def test_a_spike_of_the_loss_heals(monkeypatch):
     assert healed < 1.3 * calm and frozen > 2 * calm
 
 
+def test_a_first_loss_of_zero_makes_no_spike_of_the_next():
+    x, t, _ = planted(50)
+    run = train.Run(started(), 100)
+    run.step(torch.zeros_like(x), t)
+    before = state(run.sae)
+    run.step(x, t)
+    assert not torch.equal(run.sae.W_dec, before["W_dec"]) and run.usual > 0
+
+
 @pytest.mark.parametrize("quick", [False, True])
 @pytest.mark.parametrize("activation", ["relu", "topk", "batchtopk", "jumprelu", "gated"])
 def test_a_bias_that_is_not_a_number_is_named_at_once(activation, quick):

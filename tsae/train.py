@@ -144,15 +144,14 @@ class Run:
 
         One such batch would be remembered in Adam's second moments for thousands of steps, in which nothing moves.
         """
-        most = SPIKE * (loss if self.usual is None else self.usual)
-        if loss > most:
+        if self.usual and loss > (most := SPIKE * self.usual):
             warnings.warn(f"the loss of the {self.name} jumps to {loss:.3g} after {self.seen} tokens, {loss / self.usual:.0f} "
                           "times the usual: the step counts as one of a tenfold loss. If it comes again, look at the "
                           "activations there, or lower `lr`", RuntimeWarning, stacklevel=2)
             for p in self.sae.parameters():
                 if p.grad is not None:
                     p.grad *= most / loss
-        loss = min(loss, most)
+            loss = most
         self.usual = loss if self.usual is None else 0.99 * self.usual + 0.01 * loss
 
     def all_finite(self) -> None:
