@@ -12,7 +12,7 @@ import socket
 import subprocess
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from datetime import timedelta
 from pathlib import Path
 
@@ -308,7 +308,8 @@ def resumable(folder: Path, sharded: bool, stall: tuple[int, str, int] | None = 
 def killed(ranks: list) -> None:
     for process in ranks:
         if process.exitcode is None:
-            os.kill(process.pid, signal.SIGKILL)
+            with suppress(ProcessLookupError):  # it ended by itself, and nobody has been told yet
+                os.kill(process.pid, signal.SIGKILL)
     for process in ranks:
         process.join(100)
 
