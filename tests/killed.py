@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 
 from tsae import train
-from tsae.activations import Memory, Shuffled
+from tsae.pairs.order import Shuffled
+from tsae.pairs.shards import Memory
 from tsae.sae import SAE
 
 D, N, V, STEPS, BATCH = 32, 64, 50, 40, 64

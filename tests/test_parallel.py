@@ -22,12 +22,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tsae import checkpoints, parallel, scaleout, store, train
-from tsae.activations import Memory, Shuffled
+from tsae.pairs.order import Shuffled
+from tsae.pairs.shards import Memory
 from tsae.sae import SAE
-from tsae.sharded import Sharded
+from tsae.scale.sharded import Sharded
 
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["tsae.scaleout", "torch._dynamo", "test_parallel"])
+SERVER.set_forkserver_preload(["tsae.scale", "torch._dynamo", "test_parallel"])
 KILLS = int(os.environ.get("TSAE_KILLS", 4))
 D, N, V, BATCH, STEPS = 24, 36, 30, 60, 30
 CASES = {
@@ -372,7 +373,7 @@ def command_line(cache: Path, arguments: list[str]) -> None:
 
 
 def test_the_command_under_torchrun(command, tmp_path):
-    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "tsae.scaleout",
+    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "tsae.scale",
             *command, "--out", str(tmp_path / "run")]
     environment = os.environ | dict(TSAE_HOME=str(tmp_path), OMP_NUM_THREADS="1")
     done = subprocess.run(line, env=environment, cwd=store.ROOT, capture_output=True, text=True, timeout=120)

@@ -13,7 +13,8 @@ from conftest import tiny_network
 from torch.nn.functional import embedding, normalize
 
 from tsae import activations, checkpoints, kernels, train
-from tsae.activations import Memory, Shuffled, collect
+from tsae.pairs.order import Shuffled
+from tsae.pairs.shards import Memory
 from tsae.evaluate import nmse
 from tsae.lm import LM
 from tsae.sae import SAE

@@ -1,7 +1,13 @@
 """Tokenized sparse autoencoders: an SAE whose decoder adds one learned vector per vocabulary token.
 
-    sae.py       the model                      lm.py        any causal LM, through nnsight
-    train.py     pairs (x, t) and the loop      text.py      documents and packed token rows
-    evaluate.py  reconstruction metrics         features.py  what each feature answers to
-    plots.py     tables to figures              store.py     files, written whole or not at all
+The core reads as the paper:
+
+    sae.py       equations 1 and 2              kernels.py, gpu.py  the sparse products of a step
+    baseline.py  the table, and where it starts train.py            one step, one loop
+    lm.py        any causal LM, through nnsight text.py             documents, packed token rows
+    evaluate.py  reconstruction metrics         features.py         what each feature answers to
+    plots.py     tables to figures              store.py            files, written whole
+
+Rooms beside it: pairs/ (activations once, read in any order), scale/ (many SAEs, many devices, exact resume),
+scoring/ (every feature), browser/ (static pages), study/ (the blind study).
 """

@@ -107,15 +107,13 @@ def reconstruction(sae: SAE, x: torch.Tensor, t: torch.Tensor, batch: int = 1024
     errors, lookup_errors, firings, summed, lookup_summed = [], [], 0, 0.0, 0.0
     fired = torch.zeros(sae.n, dtype=torch.bool, device=x.device)
     for a, tokens in zip(x.split(batch), t.split(batch)):
-        out = sae.loss(a, tokens)
-        a_hat, alone = out["z_hat"] * sae.scale, sae.table_alone(tokens)
+        (a_hat, active, firing), alone = sae.reconstructed(a, tokens), sae.table_alone(tokens)
         errors.append(squared_errors(a, a_hat)), lookup_errors.append(squared_errors(a, alone))
         summed, lookup_summed = summed + (a - a_hat).square().sum(), lookup_summed + (a - alone).square().sum()
-        firings += (out["codes"] > 0).sum()
-        fired |= out["fired"]
+        firings, fired = firings + active, fired | firing
     variance = (x - x.mean(0)).square().sum()
     result = dict(nmse=torch.cat(errors).mean().item(), fvu=(summed / variance).item(),
-                  l0=(firings / len(x)).item(), dead=1 - fired.float().mean().item())
+                  l0=firings / len(x), dead=1 - fired.float().mean().item())
     if sae.lookup != "none":
         result |= dict(lookup_nmse=torch.cat(lookup_errors).mean().item(),
                        lookup_share=((1 - lookup_summed / variance) / (1 - summed / variance)).item())

@@ -10,9 +10,7 @@ in the order of the features, so that each row of W is read once and every sum h
 bits in every run on one machine.
 """
 
-import ctypes
 import math
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache, cached_property, partial
@@ -29,25 +27,16 @@ FEW = 1 / 24  # share of active features up to which products over pairs beat de
 Bound = torch.Tensor | Callable[[torch.Tensor], torch.Tensor]
 
 
-@cache
-def _keep_memory() -> None:
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        libc.mallopt(-4, 0), libc.mallopt(-1, 2**31 - 1)  # M_MMAP_MAX: no maps of their own; M_TRIM_THRESHOLD: keep the heap
-
-
 @contextmanager
 def quick_products(on: bool) -> Iterator[None]:
-    """Inside, the products of this module take bfloat16 (CPU) or tf32 (GPU) inputs, and the CPU keeps freed memory.
+    """Inside, the products of this module take bfloat16 (CPU) or tf32 (GPU) inputs.
 
-    Top-k is then chosen from bfloat16 pre-activations; the chosen values are computed in float32. Fresh pages for every
-    large tensor of a step cost as much as its arithmetic: glibc is asked not to give them back, from the first use to the
-    end of the process.
+    Top-k is then chosen from bfloat16 pre-activations; the chosen values are computed in float32.
     """
     global _quick
     before, was = torch.backends.cuda.matmul.fp32_precision, _quick
     try:
         if on:
-            _keep_memory()
             torch.backends.cuda.matmul.fp32_precision = "tf32"
         _quick = on
         yield
@@ -167,6 +156,11 @@ def largest(values: torch.Tensor, k: int) -> torch.Tensor:
     keys = (values.view(torch.int16) if values.dtype == torch.bfloat16 else values).numpy().copy()
     keys.partition(rest)
     return torch.from_numpy(keys[rest:]).view(values.dtype)
+
+
+def kth_largest(values: torch.Tensor, k: int) -> torch.Tensor:
+    """The k-th largest of `values` (m,), as a scalar; 0 where there are fewer."""
+    return largest(values, k).min()
 
 
 def kth_of_rows(v: torch.Tensor, k: int) -> torch.Tensor:

@@ -7,6 +7,7 @@ reconstruction errors become comparable with those on centred weights. RMSNorm m
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
@@ -16,6 +17,29 @@ from torch import nn
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
+
+from tsae.text import bos_id
+
+VERSION = 1  # of residuals: raise it when the same model and tokens give something else
+
+
+@dataclass(frozen=True)
+class Layer:
+    """The residual stream at one layer, as functions: what pairs (x, t) are made from.
+
+    residuals(tokens (b, T)) -> x (b, T, d) float32; keep(tokens) -> (b, T) bool, the positions that count; unigrams() ->
+    A([BOS, t])[1] for all V token ids (V, d); identity: what names these numbers, for things that are kept.
+    """
+
+    number: int
+    residuals: Callable[[torch.Tensor], torch.Tensor]
+    keep: Callable[[torch.Tensor], torch.Tensor]
+    unigrams: Callable[[], torch.Tensor]
+    d_model: int
+    vocabulary: int
+    device: torch.device
+    identity: dict
+
 
 Patch = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -44,11 +68,18 @@ class LM:
     def device(self) -> torch.device:
         return self.model.device
 
-    def layer(self, wanted: int) -> int:
+    def layer_number(self, wanted: int) -> int:
         """`wanted` where the model has that layer; -1 is two thirds of the way up, the paper's 8 of 12."""
-        at = round(self.n_layers * 2 / 3) if wanted == -1 else wanted
-        self._checked(torch.zeros(1, 1, dtype=torch.int32), [at])
-        return at
+        number = round(self.n_layers * 2 / 3) if wanted == -1 else wanted
+        self._checked(torch.zeros(1, 1, dtype=torch.int32), [number])
+        return number
+
+    def layer(self, wanted: int) -> Layer:
+        """The residual stream at one layer; `wanted` as in layer_number."""
+        number = self.layer_number(wanted)
+        return Layer(number, lambda tokens: self.residuals(tokens, [number])[number], self.keep,
+                     lambda: self.unigrams(number), self.d_model, self.vocabulary, self.device,
+                     dict(layer=number, weights=self.fingerprint, residuals=VERSION))
 
     def keep(self, tokens: torch.Tensor) -> torch.Tensor:
         """True (b, T) at the positions that count: not position 0, not a special token."""
@@ -71,11 +102,6 @@ class LM:
         """The ids (m,) of the tokenizer's tokens that are not special: no BOS, no rows that only pad the embedding."""
         ids = torch.arange(min(self.vocabulary, len(self.tokenizer)))
         return ids[~torch.isin(ids, self.special)].to(self.device)
-
-    def at(self, layer: int) -> Callable[[torch.Tensor], torch.Tensor]:
-        """The callable tokens (b, T) -> activations (b, T, d) at one layer."""
-        layer = self.layer(layer)
-        return lambda tokens: self.residuals(tokens, [layer])[layer]
 
     def last(self, grams: torch.Tensor, layers: Sequence[int], batch: int = 4096) -> dict[int, torch.Tensor]:
         """Residuals at the last token of `[BOS, *gram]`: {layer: (b, d)} for token ids (b, n)."""
@@ -173,13 +199,6 @@ class LM:
             logits = self.traced.output.logits.save()
         return logits[which[0], which[1] - first].float()
 
-
-def bos_id(tokenizer) -> int:
-    """The id of the token that starts every row. Raises ValueError for a tokenizer that has none."""
-    if tokenizer.bos_token_id is None:
-        raise ValueError(f"the tokenizer {tokenizer.name_or_path!r} has no BOS token, which starts every row and every "
-                         'unigram [BOS, t]: name one of its tokens with `bos_token`, such as "<|endoftext|>"')
-    return tokenizer.bos_token_id
 
 
 def _progress(parts: Sequence, label: str) -> Iterator:

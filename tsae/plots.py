@@ -1,15 +1,8 @@
 """One style, and one function a figure: a result table in, a plotly figure out."""
 
-import asyncio
-import atexit
 import json
-import os
-import threading
-from collections.abc import Callable, Coroutine
-from functools import cache
 from pathlib import Path
 
-import kaleido
 import numpy as np
 import pandas as pd
 import plotly.express as px
@@ -17,9 +10,9 @@ import plotly.graph_objects as go
 import plotly.io as pio
 from IPython.display import display
 
-from tsae import store
+from tsae.baseline import WITH, WITHOUT
+from tsae.picture import picture, write_picture
 
-WITHOUT, WITH = "without table", "with table"
 COLOURS = {WITHOUT: "#6b7a8f", WITH: "#d9541e"}
 SEQUENCE = ["#2b6cb0", "#d9541e", "#2f855a", "#8a5cc2", "#b7791f", "#6b7a8f"]
 MARKERS = {"topk": "circle", "batchtopk": "square", "relu": "diamond", "jumprelu": "triangle-up", "gated": "x"}
@@ -48,56 +41,6 @@ def show(figure: go.Figure, path: str | Path = "") -> None:
         figure.write_html(path.with_suffix(".html"), include_plotlyjs="directory")
         write_picture(figure, path.with_suffix(".png"))
     display(bundle, raw=True)
-
-
-def write_picture(figure: go.Figure, path: Path) -> None:
-    """Write the figure as PNG where there is a Chrome to draw it."""
-    image = picture(figure, 1.5)
-    if image:
-        with store.replacing(path) as temporary:
-            temporary.write_bytes(image)
-
-
-def picture(figure: go.Figure, scale: float = 1.0) -> bytes | None:
-    """The figure as PNG, or None where there is no Chrome to draw it (or TSAE_PNG=0)."""
-    if os.environ.get("TSAE_PNG") == "0" or not (painter := _painter()).works:
-        return None
-    size = dict(width=figure.layout.width or STYLE["width"], height=figure.layout.height or STYLE["height"])
-    return painter.wait(lambda browser: browser.calc_fig(figure, dict(format="png", scale=scale, **size)))
-
-
-class _Painter:
-    """One browser for all pictures of a process, on a thread of its own; `works` turns False for good when it fails.
-
-    kaleido's own server is not used: without a Chrome its thread dies, and who asks it for a picture waits for ever.
-    """
-
-    def __init__(self, patience_s: float = 60.0):
-        self.works, self.patience_s, self.loop = True, patience_s, asyncio.new_event_loop()
-        threading.Thread(target=self.loop.run_forever, daemon=True).start()
-        self.browser = self.wait(self._opened)
-        atexit.register(self.close)
-
-    async def _opened(self, _) -> kaleido.Kaleido:
-        browser = kaleido.Kaleido()
-        await browser.open()
-        return browser
-
-    def wait(self, work: Callable[[kaleido.Kaleido | None], Coroutine]) -> object | None:
-        """What `work`, given the browser, comes to; None where it fails or takes longer than `patience_s`."""
-        future = asyncio.run_coroutine_threadsafe(work(getattr(self, "browser", None)), self.loop)
-        try:
-            return future.result(self.patience_s)
-        except Exception:  # kaleido's, choreographer's and the browser's own errors: a picture is never worth a run
-            future.cancel()
-            self.works = False
-
-    def close(self) -> None:
-        if self.browser:
-            self.wait(lambda browser: browser.close())
-
-
-_painter = cache(_Painter)
 
 
 def _titled(figure: go.Figure, title: str, x: str = "", y: str = "", **layout) -> go.Figure:

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from tsae import plots, store
+from tsae import store
+from tsae.baseline import WITH, WITHOUT
 
 
 def markdown(rows: list[dict]) -> str:
@@ -16,7 +17,7 @@ def markdown(rows: list[dict]) -> str:
     return "\n".join([cells(rows[0]), cells(["---"] * len(rows[0])), *(cells(row.values()) for row in rows)])
 
 
-def spread(row: pd.Series, form: str = "{:.3f}") -> str:
+def with_interval(row: pd.Series, form: str = "{:.3f}") -> str:
     """A value with its interval."""
     return f"{form.format(row['value'])} [{form.format(row['low'])}, {form.format(row['high'])}]"
 
@@ -26,11 +27,11 @@ def sweep(results: Path) -> str:
     fronts = store.read_table(results / "fronts.csv")
     fronts = fronts[fronts["activation"] == "topk"].set_index(["metric", "k", "table"])
     rows = []
-    for k in sorted(k for metric, k, table in fronts.index if table == plots.WITHOUT and metric == "nmse"):
+    for k in sorted(k for metric, k, table in fronts.index if table == WITHOUT and metric == "nmse"):
         rows.append({"k": k})
         for metric in ("nmse", "ce_added"):
-            without, with_ = fronts.loc[(metric, k, plots.WITHOUT)], fronts.loc[(metric, k, plots.WITH)]
-            rows[-1] |= {f"{metric}, no table": spread(without), f"{metric}, with table": spread(with_),
+            without, with_ = fronts.loc[(metric, k, WITHOUT)], fronts.loc[(metric, k, WITH)]
+            rows[-1] |= {f"{metric}, no table": with_interval(without), f"{metric}, with table": with_interval(with_),
                          f"{metric}, gain": f"{1 - with_['value'] / without['value']:.0%}"}
     return markdown(rows)
 
@@ -49,7 +50,7 @@ def headline(results: Path) -> str:
          "times fewer training tokens to the baseline's final {of}, layer {layer}"),
         ("unigram_sensitivity", shares, "{:.1%}", "live features that answer to a unigram, {table}"))
     return markdown([{"result": what.format(**row) + " (lower bound)" * bool(row.get("bound", False)),
-                      "value [95 % interval]": spread(row, form),
+                      "value [95 % interval]": with_interval(row, form),
                       "made by": f"`{about[f'{name}.csv']['notebook']}` ({name}.csv)"}
                      for name, table, form, what in kinds for _, row in table.iterrows()])
 

@@ -12,6 +12,7 @@ activations, codes are in units of `scale`. Equations: Dooms and Wilhelm, arXiv 
 import json
 import math
 import os
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -24,8 +25,8 @@ from torch.nn.functional import embedding, mse_loss, relu, threshold
 from tsae.kernels import (
     Bound,
     Support,
+    kth_largest,
     kth_of_rows,
-    largest,
     preactivations,
     select_above,
     select_top,
@@ -35,6 +36,7 @@ from tsae.kernels import (
 
 ACTIVATIONS = ("relu", "topk", "batchtopk", "jumprelu", "gated")
 LOOKUPS = ("none", "frozen", "learned")
+KthLargest = Callable[[torch.Tensor, int], torch.Tensor]  # values (m,), k -> the k-th largest, a scalar
 
 
 def where_positive(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -93,6 +95,11 @@ class _Gated(torch.autograd.Function):
         g_b = total(g, ctx.support)
         g_pre = torch.addcmul(where_positive(g_gates, gates), g, at(gain, ctx.support))
         return g_pre, -g_b * gain, (total(g * gates, ctx.support) - g_b * b_enc) * gain, g_b, None
+
+
+def _fired(codes: torch.Tensor, support: Support | None) -> torch.Tensor:
+    """(n,) bool: the features with a code above 0."""
+    return (codes.amax(0) if support is None else total(codes, support)) > 0
 
 
 class SAE(nn.Module):
@@ -208,22 +215,22 @@ class SAE(nn.Module):
         """Top-k codes (b, k) of activations z (b, d) in units of `scale`, and their features."""
         return select_top(self.encoder_input(z, t), self.b_dec, self.W_enc, self.b_enc, self.k)
 
-    def _bound(self, b: int) -> Bound | None:
+    def _bound(self, b: int, kth: KthLargest) -> Bound | None:
         """For `select_above`: what a pre-activation must reach to matter, to codes or to gradients; None: all matter."""
         if self.b_enc.is_cuda:
             return None
         if self.activation == "batchtopk":
-            return partial(self._least, b=b)
+            return partial(self._least, b=b, kth=kth)
         if self.activation == "jumprelu":
             bound = self.log_threshold.detach().exp() - self.bandwidth / 2
             return bound if (bound > 0).all() else None
         return self.b_enc.new_zeros(())
 
-    def _codes(self, pre: torch.Tensor, support: Support | None) -> tuple:
+    def _codes(self, pre: torch.Tensor, support: Support | None, kth: KthLargest = kth_largest, learn: bool = False) -> tuple:
         """Codes, the mean of what `sparsity` weighs, and gated's gates, of pre-activations: all (b, n), or those of the
         pairs of `support`, of which codes and gates then are, too."""
         if self.activation == "batchtopk":
-            return self._kept(pre, len(pre) if support is None else support.b), 0.0, None
+            return self._kept(pre, len(pre) if support is None else support.b, kth, learn), 0.0, None
         if self.activation == "jumprelu":
             return *_JumpReLU.apply(pre, self.log_threshold, self.bandwidth, support), None
         if self.activation == "gated":
@@ -237,41 +244,31 @@ class SAE(nn.Module):
         norms = self.W_dec.norm(dim=-1)
         return (codes @ norms).mean() if support is None else total(codes, support) @ norms / support.b
 
-    @staticmethod
-    def kth_largest(values: torch.Tensor, k: int) -> torch.Tensor:
-        """Of all values (m,). Processes that share a batch put a function here that looks at the values of all of them."""
-        return largest(values, k).min()
-
-    def _least(self, values: torch.Tensor, b: int) -> torch.Tensor:
+    def _least(self, values: torch.Tensor, b: int, kth: KthLargest) -> torch.Tensor:
         """batchtopk: the least value kept. The k * b-th of a training batch; in use, a running mean of what that was."""
         if b and (self.training or self.threshold < 0):
-            return self.kth_largest(values, self.k * b).clamp_min(0)
+            return kth(values, self.k * b).clamp_min(0)
         return self.threshold
 
-    def _kept(self, values: torch.Tensor, b: int) -> torch.Tensor:
-        """batchtopk: the values that are kept, 0 for the others; a training batch moves the running mean."""
-        least = self._least(values.detach().flatten(), b)
-        if self.training and b:
+    def _kept(self, values: torch.Tensor, b: int, kth: KthLargest, learn: bool) -> torch.Tensor:
+        """batchtopk: the values that are kept, 0 for the others; `learn` moves the running mean."""
+        least = self._least(values.detach().flatten(), b, kth)
+        if learn and b:
             self.threshold.copy_(least if self.threshold < 0 else 0.9 * self.threshold + 0.1 * least)
         return threshold_at(values, least)
 
     def loss(self, x: torch.Tensor, t: torch.Tensor | None = None, sparsity: float = 0.0,
-             dead: torch.Tensor | None = None, aux_weight: float = 1 / 32) -> dict[str, torch.Tensor]:
+             dead: torch.Tensor | None = None, aux_weight: float = 1 / 32,
+             kth: KthLargest = kth_largest) -> dict[str, torch.Tensor]:
         """Squared error summed over d_model, averaged over the batch, in units of scale^2, plus the architecture's terms.
 
         relu, gated: sparsity x sum of codes x decoder norms; jumprelu: sparsity x L0; gated: the auxiliary error; topk and
         batchtopk: AuxK over the features marked in `dead` (n,) bool. Returns loss, z_hat (b, d) in units of `scale`,
         fired (n,) bool, and codes: (b, k) for topk; else (b, n), or (m,) where they are few (see select_above).
         """
-        z, penalty, gates = x / self.scale, 0.0, None
-        if self.activation == "topk":
-            codes, support = self.selected(z, t)
-        else:
-            pre, support = select_above(self.encoder_input(z, t), self.b_dec, self.W_enc, self.b_enc, self._bound(len(z)))
-            codes, penalty, gates = self._codes(pre, support)
-        rebuilt = sum_rows(codes, support, self.W_dec)
-        fired = (codes.detach().amax(0) if support is None else total(codes.detach(), support)) > 0
-        z_hat = rebuilt + self.b_dec + self.row(t)
+        z = x / self.scale
+        codes, support, penalty, gates = self._active(z, t, kth, learn=self.training)
+        z_hat = sum_rows(codes, support, self.W_dec) + self.b_dec + self.row(t)
         loss = mse_loss(z_hat, z, reduction="sum") / len(z) + sparsity * penalty
         if gates is not None:
             row = self.row(t).detach() if self.aux_lookup and self.lookup != "none" else 0.0
@@ -279,7 +276,22 @@ class SAE(nn.Module):
             loss = loss + mse_loss(z_gate, z, reduction="sum") / len(z)
         if aux_weight and "topk" in self.activation and dead is not None and dead.any():
             loss = loss + aux_weight * self.auxk(z, t, (z - z_hat).detach(), dead)
-        return dict(loss=loss, z_hat=z_hat.detach(), fired=fired, codes=codes.detach())
+        return dict(loss=loss, z_hat=z_hat.detach(), fired=_fired(codes.detach(), support), codes=codes.detach())
+
+    def _active(self, z: torch.Tensor, t: torch.Tensor | None, kth: KthLargest = kth_largest, learn: bool = False) -> tuple:
+        """Codes of z (b, d) in units of `scale`, their Support, and penalty and gates as in `_codes`."""
+        if self.activation == "topk":
+            return *self.selected(z, t), 0.0, None
+        pre, support = select_above(self.encoder_input(z, t), self.b_dec, self.W_enc, self.b_enc, self._bound(len(z), kth))
+        codes, penalty, gates = self._codes(pre, support, kth, learn)
+        return codes, support, penalty, gates
+
+    @torch.no_grad()
+    def reconstructed(self, x: torch.Tensor, t: torch.Tensor | None = None) -> tuple[torch.Tensor, int, torch.Tensor]:
+        """Of raw x (b, d): the reconstruction (b, d), how many codes are above 0, and which features fire (n,) bool."""
+        codes, support, _, _ = self._active(x / self.scale, t)
+        a_hat = (sum_rows(codes, support, self.W_dec) + self.b_dec + self.row(t)) * self.scale
+        return a_hat, int((codes > 0).sum()), _fired(codes, support)
 
     def auxk(self, z: torch.Tensor, t: torch.Tensor | None, error: torch.Tensor, dead: torch.Tensor) -> torch.Tensor:
         """AuxK (Gao et al. 2024): how far the d_model / 2 strongest dead features are from explaining `error` (b, d).

@@ -19,8 +19,8 @@ import torch
 from tqdm import tqdm
 
 from tsae import store
-from tsae.lm import bos_id
 
+VERSION = 1  # of kept documents and tokens: raise it when the same corpus gives others
 DOCSTRINGS = "docstrings"
 # The installed packages whose docstrings are worth parsing: 9 in 10 characters of prose for half of the time.
 PACKAGES = "torch transformers scipy sympy sklearn pandas networkx numpy huggingface_hub datasets nnsight mpmath".split()
@@ -51,7 +51,7 @@ def docstrings(packages: Iterable[str] = PACKAGES, fresh_share: float = 0.5) -> 
     """
     packages = tuple(packages)
     versions = {name: version(name) for name in packages}
-    cached = store.CACHE / f"docstrings-{store.key(versions=versions, fresh_share=fresh_share)}.json"
+    cached = store.CACHE / f"docstrings-{store.key(versions=versions, fresh_share=fresh_share, version=VERSION)}.json"
     if cached.is_file():
         return store.read_json(cached)["documents"]
     files = [str(path) for name in packages for path in sorted(_folder(name).rglob("*.py"))]
@@ -215,6 +215,14 @@ def is_validation(document: str, share: float) -> bool:
     return int.from_bytes(hashlib.sha256(document.encode()).digest()[:8], "big") < share * 2**64
 
 
+def bos_id(tokenizer) -> int:
+    """The id of the token that starts every row. Raises ValueError for a tokenizer that has none."""
+    if tokenizer.bos_token_id is None:
+        raise ValueError(f"the tokenizer {tokenizer.name_or_path!r} has no BOS token, which starts every row and every "
+                         'unigram [BOS, t]: name one of its tokens with `bos_token`, such as "<|endoftext|>"')
+    return tokenizer.bos_token_id
+
+
 def pack(texts: Iterable[str], tokenizer, context: int, train_tokens: int, validation_tokens: int,
          validation_share: float = 0.05) -> dict[str, torch.Tensor]:
     """Tokenized documents, joined with BOS between them and cut into rows of BOS + (context - 1) tokens.
@@ -270,7 +278,7 @@ def tokens(corpus: str, tokenizer, context: int, train_tokens: int, validation_t
     backend = getattr(tokenizer, "backend_tokenizer", None)
     key = store.key(corpus=corpus, stamp=stamp, tokenizer=backend.to_str() if backend else tokenizer.name_or_path,
                     bos=bos_id(tokenizer), context=context, train_tokens=train_tokens, split=split, column=column,
-                    validation_tokens=validation_tokens, validation_share=validation_share)
+                    validation_tokens=validation_tokens, validation_share=validation_share, version=VERSION)
     cached = store.CACHE / f"tokens-{key}.safetensors"
     if (held := store.read_tensors(cached)) is not None:
         return held

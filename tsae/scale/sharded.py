@@ -7,9 +7,9 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.functional import mse_loss, pad
 
-from tsae.kernels import Support, select_top, sum_rows
-from tsae.parallel import any_rank, gathered, main, rank, together, world
-from tsae.sae import SAE
+from tsae.kernels import Support, kth_largest, select_top, sum_rows
+from tsae.scale.parallel import any_rank, gathered, main, rank, together, world
+from tsae.sae import SAE, KthLargest
 
 
 class Sharded(SAE):
@@ -67,10 +67,11 @@ class Sharded(SAE):
 
     def _selected(self, z: torch.Tensor) -> tuple[torch.Tensor, Support]:
         codes, support = select_top(z, self.b_dec, self.W_enc, self.b_enc, min(self.k, self.n))
-        return codes * _strongest(codes.detach(), self.k), support
+        return codes * _among_largest(codes.detach(), self.k), support
 
     def loss(self, x: torch.Tensor, t: torch.Tensor | None = None, sparsity: float = 0.0,
-             dead: torch.Tensor | None = None, aux_weight: float = 1 / 32) -> dict[str, torch.Tensor]:
+             dead: torch.Tensor | None = None, aux_weight: float = 1 / 32,
+             kth: KthLargest = kth_largest) -> dict[str, torch.Tensor]:
         """SAE.loss of this rank's share of the batch; fired (n,) and codes are those of its features, for the whole."""
         z = x / self.scale
         seen = _Gather.apply(self.encoder_input(z, t))
@@ -94,14 +95,14 @@ class Sharded(SAE):
         W, bias, rows = self.W_enc[dead], self.b_enc[dead], self.W_dec[dead]
         columns, own = min(k, max(counts)), min(k, len(W))
         if not own:  # the others need an answer all the same
-            _strongest(z.new_zeros(len(z), columns), k)
+            _among_largest(z.new_zeros(len(z), columns), k)
             return torch.zeros_like(z)
         codes, support = select_top(z, self.b_dec.detach(), W, bias, own)
-        kept = _strongest(pad(codes.detach(), (0, columns - own)), k)[:, :own]
+        kept = _among_largest(pad(codes.detach(), (0, columns - own)), k)[:, :own]
         return sum_rows(codes * kept, support, rows)
 
 
-def _strongest(values: torch.Tensor, k: int) -> torch.Tensor:
+def _among_largest(values: torch.Tensor, k: int) -> torch.Tensor:
     """1.0 where values (world * b, c) are among the k largest of all ranks' at their position, exactly k; else 0.0.
 
     Each rank decides for the b positions that it brought: it is sent the others' values there, and answers.

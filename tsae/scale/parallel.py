@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from tsae import checkpoints
+from tsae.scale import checkpoints
 from tsae.kernels import largest
 
 BUCKET = 16 << 20  # gradients sent at once, in entries: few messages, and no second copy of all of them
@@ -106,6 +106,26 @@ def any_rank(asked: int, device: torch.device | str = "cpu") -> int:
     return int(value)
 
 
+class Ranks:
+    """train.Alone for the ranks of a process group: what they tell each other at every step."""
+
+    @property
+    def world(self) -> int:
+        return world()
+
+    @staticmethod
+    def kth_largest(values: torch.Tensor, k: int) -> torch.Tensor:
+        return kth_largest(values, k)
+
+    @staticmethod
+    def share(sae: nn.Module, fired: torch.Tensor, loss: torch.Tensor) -> tuple[torch.Tensor, float]:
+        return share(sae, fired, loss)
+
+    @staticmethod
+    def average(line: dict[str, float]) -> dict[str, float]:
+        return average(line)
+
+
 def average(line: dict[str, float]) -> dict[str, float]:
     """Each value averaged over ranks."""
     if not together():
@@ -116,7 +136,7 @@ def average(line: dict[str, float]) -> dict[str, float]:
 
 
 def kth_largest(values: torch.Tensor, k: int) -> torch.Tensor:
-    """The smallest of the k * world largest among the values (m,) of all ranks: SAE.kth_largest for shares."""
+    """The smallest of the k * world largest among the values (m,) of all ranks: kernels.kth_largest for shares."""
     best = largest(values, k * world())
     return largest(gathered(best.float() if best.dtype == torch.bfloat16 else best), k * world()).min()
 

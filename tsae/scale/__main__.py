@@ -1,23 +1,26 @@
-"""torchrun -m tsae.scaleout: train one SAE on one or many devices, and go on where it was stopped."""
+"""torchrun -m tsae.scale: train one SAE on one or many devices, and go on where it was stopped."""
 
 import argparse
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from tsae import lm as lms
-from tsae import parallel, store, text, train
+from tsae import store, text, train
+from tsae.pairs.prepare import fits, prepare
 from tsae.sae import ACTIVATIONS, LOOKUPS
-from tsae.sharded import Sharded
+from tsae.scale import parallel
+from tsae.scale.passes import fit_all
+from tsae.scale.sharded import Sharded
+from tsae.scale.sweep import keep_memory
 
 LAYOUT = ("device", "out", "shard_features", "store_gb", "checkpoint_every_s")  # no part of what is trained
 
 
 def parsed(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="torchrun --nproc-per-node DEVICES -m tsae.scaleout", description=__doc__,
+        prog="torchrun --nproc-per-node DEVICES -m tsae.scale", description=__doc__,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("--model", required=True, help="a folder in Hugging Face format, or a hub name")
@@ -46,7 +49,7 @@ def parsed(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def run(options: argparse.Namespace, device: str) -> None:
+def train_one(options: argparse.Namespace, device: str) -> None:
     """Train the SAE of `options` into its folder. Every rank calls it. Raises ValueError for what cannot be trained."""
     settings = {name: str(value) for name, value in vars(options).items() if name not in LAYOUT}
     noted = options.out / "settings.json"
@@ -62,21 +65,19 @@ def run(options: argparse.Namespace, device: str) -> None:
         lm = lms.load(options.model, options.bos_token, device)
         wanted = options.text_tokens or options.train_tokens
         rows = text.tokens(options.corpus, lm.tokenizer, min(options.context, lm.max_context), wanted, options.context)
-        layout = dict(streamed=not train.fits(lm, rows["train"], options.store_gb), shard_features=options.shard_features)
+        layout = dict(streamed=not fits(lm.d_model, rows["train"], options.store_gb), shard_features=options.shard_features)
         _go_on(options.out / "unfinished", layout)
-        data = train.prepare(lm, rows["train"], options.layer, options.batch, store_gb=options.store_gb,
-                             folder=store.CACHE / "activations")
+        data = prepare(lm.layer(options.layer), rows["train"], options.batch, store_gb=options.store_gb,
+                       rank=parallel.rank(), world=parallel.world())
         store.write_json(noted, settings)
-    at_first = data
+    stats, unigrams, recipe = data.stats, data.unigrams, train.RECIPES[options.recipe]
     if options.shard_features:  # the whole SAE may be too large for a device
-        at_first = replace(data, unigrams=data.unigrams.cpu(), stats={name: s.cpu() for name, s in data.stats.items()})
-    how = train.RECIPES[options.recipe]
-    sae = train.build(at_first, options.activation, options.n_features, options.k, options.lookup, options.seed, how)
+        stats, unigrams = {name: value.cpu() for name, value in stats.items()}, unigrams.cpu()
+    sae = train.build(stats, unigrams, recipe, options.activation, options.n_features, options.k, options.lookup, options.seed)
     sae = Sharded(sae).to(device) if options.shard_features else sae
-    history = train.fit(sae, data.source(options.seed), options.train_tokens, quick=True, folder=options.out / "unfinished",
-                        checkpoint_every_s=options.checkpoint_every_s, lr=options.lr, sparsity=options.sparsity,
-                        table_lr=how["table_lr"] or options.lr, dead_after_tokens=options.dead_after_tokens, seed=options.seed,
-                        **{name: how[name] for name in ("schedule", "last_lr", "aux_weight")})
+    run = train.Run(sae, options.train_tokens, sparsity=options.sparsity, dead_after_tokens=options.dead_after_tokens,
+                    seed=options.seed, exchange=parallel.Ranks(), **train.learning(recipe, options.lr))
+    history, = fit_all([run], data.source(options.seed), True, options.out / "unfinished", options.checkpoint_every_s)
     if options.shard_features or parallel.main():
         sae.save(options.out)
     if parallel.main():
@@ -103,9 +104,10 @@ def _go_on(unfinished: Path, layout: dict[str, bool]) -> None:
 def main(arguments: list[str] | None = None) -> None:
     options = parsed(arguments)
     torch.manual_seed(options.seed)
+    keep_memory()
     try:
         with parallel.start(options.device) as device:
-            run(options, device)
+            train_one(options, device)
     except (ValueError, OSError, FloatingPointError) as error:
         raise SystemExit(str(error)) from None
 

@@ -1,9 +1,4 @@
-"""Where pairs (x, t) come from: a language model's pass, a store on disk, memory; and the order they are trained in.
-
-x (b, d) are residual activations, t (b,) the ids of their tokens. A `Store` is made once and read at random; `Shuffled`
-gives its pairs (or those of a `Memory`) for ever in an order that is a function of (seed, position) alone, `Streamed`
-runs the language model as it goes. Both stop and go on exactly where they were, by `state` and `restore`.
-"""
+"""Pairs (x, t) that can be read at random: in memory, or on disk in shards that are written whole or not at all."""
 
 import errno
 import hashlib
@@ -11,11 +6,8 @@ import json
 import math
 import re
 import shutil
-import struct
 import sys
-import threading
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -23,96 +15,18 @@ import torch
 from tqdm import tqdm
 
 from tsae import store
+from tsae.pairs.extract import NO_POSITION, Pair, activations, estimate, statistics
 
 try:
     import fcntl
 except ImportError:  # not a POSIX system: there two processes must not make one store at once
     fcntl = None
 
-Pair = tuple[torch.Tensor, torch.Tensor]
 FORMAT, VERSION = "tsae-activations", 1
+
+
 HEAD = dict(d_model=int, dtype=str, identity=dict, made_of=dict, shards=list, complete=bool)
 SHARD = dict(name=str, first_row=int, last_row=int, tokens=int, sha256_x=str, sha256_t=str)
-NO_POSITION = "the rows hold special tokens only: there is no position to train on"
-
-
-def activations(rows: torch.Tensor, residuals: Callable, keep: Callable, batch_rows: int = 64,
-                order: torch.Tensor | None = None) -> Iterator[Pair]:
-    """Pairs x (m, d) float32, t (m,) of the positions `keep` marks, in the `order` of rows (N, T), a pass at a time.
-
-    Raises ValueError that names row, position and token when an activation is NaN or infinite.
-    """
-    order = torch.arange(len(rows)) if order is None else order
-    for which in order.split(batch_rows):
-        tokens = rows[which]
-        x, kept = residuals(tokens), keep(tokens)
-        if not torch.isfinite(x).all():
-            row, position = (~torch.isfinite(x)).any(-1).nonzero()[0].tolist()
-            raise ValueError(f"the language model gives NaN or infinite activations at row {int(which[row])} of the "
-                             f"tokens, position {position}, token id {int(tokens[row, position])}: load it in float32, "
-                             "or leave that document out")
-        yield x[kept.to(x.device)], tokens[kept].to(x.device)
-
-
-def collect(rows: torch.Tensor, residuals: Callable, keep: Callable, batch_rows: int = 64) -> Pair:
-    """All pairs of `activations` in memory: x (m, d), t (m,)."""
-    parts = list(tqdm(activations(rows, residuals, keep, batch_rows), "activations", -(-len(rows) // batch_rows),
-                      leave=False))
-    return torch.cat([x for x, _ in parts]), torch.cat([t for _, t in parts])
-
-
-def estimate(pairs: int, d_model: int, dtype: torch.dtype = torch.bfloat16, copies: int = 1) -> int:
-    """Bytes of so many pairs, each `d_model` entries of `dtype` and a 4-byte token id.
-
-    A Store takes that on disk, a Memory in memory; `collect` (float32) and a Streamed (its `buffer`, and what one pass
-    of the language model adds) need 2 `copies` while they put their pairs together.
-    """
-    return copies * pairs * (d_model * dtype.itemsize + 4)
-
-
-class Moments:
-    """What a start needs of pairs x (m, d), t (m,), added part by part: mean (d,), scale (rms entry of the centred x),
-    count (V,) and sum (V, d) a token.
-
-    No pair is kept; sums are float64, results float32, count int64.
-    """
-
-    def __init__(self, vocabulary: int):
-        self.vocabulary, self.pairs, self.squares, self.count, self.total = vocabulary, 0, 0.0, None, None
-
-    def add(self, x: torch.Tensor, t: torch.Tensor) -> None:
-        """Raises ValueError for an id outside the vocabulary."""
-        if self.total is None:
-            self.count = torch.zeros(self.vocabulary, dtype=torch.long, device=x.device)
-            self.total = torch.zeros(self.vocabulary, x.shape[1], dtype=torch.float64, device=x.device)
-        for a, tokens in zip(x.split(8192), t.split(8192)):
-            if not len(tokens):
-                continue
-            a, tokens = a.double(), tokens.to(x.device, torch.long)
-            if tokens.max() >= self.vocabulary:
-                raise ValueError(f"token id {int(tokens.max())} is outside the vocabulary of {self.vocabulary}: these "
-                                 "activations belong to another language model")
-            self.count += torch.bincount(tokens, minlength=self.vocabulary)
-            self.total.index_add_(0, tokens, a)
-            self.squares, self.pairs = self.squares + a.square().sum().item(), self.pairs + len(tokens)
-
-    def result(self) -> dict[str, torch.Tensor]:
-        """Raises ValueError where there was no pair, or an activation was NaN or infinite."""
-        if not self.pairs:
-            raise ValueError(NO_POSITION)
-        if not math.isfinite(self.squares):
-            raise ValueError("NaN or infinite activations are among them: choose another layer, or load the model as float32")
-        mean = self.total.sum(0) / self.pairs
-        scale = (self.squares / self.pairs - mean.square().sum()).div(len(mean)).clamp(min=0).sqrt()
-        return dict(mean=mean.float(), scale=scale.float(), count=self.count, sum=self.total.float())
-
-
-def statistics(parts: Iterable[Pair], vocabulary: int) -> dict[str, torch.Tensor]:
-    """The `Moments` of parts (x, t), in one pass."""
-    moments = Moments(vocabulary)
-    for part in parts:
-        moments.add(*part)
-    return moments.result()
 
 
 class _Rows:
@@ -398,171 +312,3 @@ def _mapped(folder: Path, shard: dict, kind: str, dtype: torch.dtype, width: int
     """A shard's file as a tensor (tokens, width) whose pages are read when they are used."""
     path = str(folder / f"{shard['name']}.{kind}")  # torch's maps, unlike numpy's, keep no file open: there may be many
     return torch.from_file(path, shared=False, size=shard["tokens"] * width, dtype=dtype).view(-1, width)
-
-
-def permuted(i: torch.Tensor, n: int, seed: int, epoch: int) -> torch.Tensor:
-    """Where the permutation of 0 .. n - 1 named by (seed, epoch) takes i (b,) int64: it needs no table, has no state.
-
-    Eight rounds of a balanced Feistel network on pairs of digits in base ceil(sqrt(n)); the few numbers that it takes
-    beyond n - 1 go through it again until they are back.
-    """
-    base, out, beyond = math.isqrt(n - 1) + 1, i.clone(), torch.ones_like(i, dtype=torch.bool)
-    keys = struct.unpack("<8I", hashlib.sha256(f"{seed} {epoch}".encode()).digest())
-    while beyond.any():
-        left, right = out[beyond] // base, out[beyond] % base
-        for key in keys:
-            left, right = right, (left + _mixed(right + key)) % base
-        out[beyond] = left * base + right
-        beyond = out >= n
-    return out
-
-
-def _mixed(v: torch.Tensor) -> torch.Tensor:
-    """A hash of 32 bits; its multiplier has 27, so no product leaves int64."""
-    for _ in range(2):
-        v = v & 0xFFFFFFFF
-        v = (v ^ (v >> 16)) * 0x45D9F3B
-    v = v & 0xFFFFFFFF
-    return v ^ (v >> 16)
-
-
-class _Source:
-    """An endless iterator of batches. `given` counts those handed out; rank r of `world` gets rows r::world of each."""
-
-    def __init__(self, batch: int, rank: int, world: int, **own: int):
-        if batch < 1 or world < 1 or batch % world or not 0 <= rank < world:
-            raise ValueError(f"a batch of {batch} pairs cannot be dealt to rank {rank} of {world}: `batch` must be a "
-                             "multiple of `world`, and `rank` below it")
-        self.batch, self.rank, self.world, self.given, self.own = batch, rank, world, 0, dict(own, batch=batch)
-
-    def __iter__(self):
-        return self
-
-    def _agreed(self, state: dict) -> dict:
-        lacking = sorted(self.state().keys() - state.keys())
-        if lacking:
-            raise ValueError(f"the state lacks {', '.join(lacking)}: it is not one of a {type(self).__name__}")
-        for name, value in self.own.items():
-            if int(state[name]) != value:
-                raise ValueError(f"the state was saved with {name} {int(state[name])}, and this source has {value}: "
-                                 "restore it into a source of the same data and settings")
-        return state
-
-
-class Shuffled(_Source):
-    """Batches x (batch, d) float32, t (batch,) int64 of all pairs that are `held`, in a fresh permutation each epoch.
-
-    Batches are always full and run on from one epoch into the next. With `prefetch` a thread works out the next batch
-    while the last one is used: the order and `state` are the same.
-    """
-
-    def __init__(self, held: Store | Memory, batch: int, seed: int, prefetch: bool = False, rank: int = 0,
-                 world: int = 1):
-        super().__init__(batch, rank, world, seed=seed, pairs=len(held))
-        self.held, self.seed, self.prefetch, self._ahead = held, seed, prefetch, None
-
-    def __next__(self) -> Pair:
-        ahead, self._ahead = self._ahead, None
-        pair = ahead.result() if ahead else self._at(self.given)
-        self.given += 1
-        self._ahead = _later(self._at, self.given) if self.prefetch else None
-        return pair
-
-    def _at(self, number: int) -> Pair:
-        """Batch `number`, a function of nothing else."""
-        position = number * self.batch + torch.arange(self.rank, self.batch, self.world)
-        epoch, i = position // len(self.held), position % len(self.held)
-        parts = [permuted(i[epoch == e], len(self.held), self.seed, e) for e in epoch.unique().tolist()]
-        return self.held.gather(torch.cat(parts))
-
-    def state(self) -> dict[str, int]:
-        """The batches handed out, and what the order depends on. It is the same on all ranks."""
-        return dict(self.own, given=self.given)
-
-    def restore(self, state: dict[str, int]) -> None:
-        """Go on as after `state`. Raises ValueError for one of another seed, batch or number of pairs."""
-        self.given, self._ahead = int(self._agreed(state)["given"]), None
-
-
-def _later(work: Callable, *arguments: object) -> Future:
-    """What `work` returns or raises, worked out by a thread of its own."""
-    future: Future = Future()
-
-    def run() -> None:
-        try:
-            future.set_result(work(*arguments))
-        except BaseException as error:
-            future.set_exception(error)
-
-    threading.Thread(target=run).start()  # no daemon: torch aborts the process where one is cut off at the exit
-    return future
-
-
-class Streamed(_Source):
-    """Batches x (batch, d) float32, t (batch,) int64 straight from the language model, over bounded memory.
-
-    Rows (N, T) are visited in a fresh permutation each epoch; a buffer of `buffer` pairs mixes their positions, and
-    half of it is replaced at a time. It is kept in `dtype`: bfloat16 takes half of the memory and rounds x to 3 digits,
-    as a Store does. Every rank runs the language model on all rows. Raises ValueError for an epoch without a position.
-    """
-
-    def __init__(self, rows: torch.Tensor, residuals: Callable, keep: Callable, batch: int, buffer: int, seed: int,
-                 batch_rows: int = 64, dtype: torch.dtype = torch.bfloat16, rank: int = 0, world: int = 1):
-        super().__init__(batch, rank, world, seed=seed, buffer=buffer, rows=len(rows), context=rows.shape[1],
-                         batch_rows=batch_rows)
-        self.rows, self.residuals, self.keep, self.dtype = rows, residuals, keep, dtype
-        self.generator = torch.Generator().manual_seed(seed)
-        self.order, self.row, self.positions = torch.randperm(len(rows), generator=self.generator), 0, 0
-        self.x, self.t = torch.empty(0, 0, dtype=dtype), torch.empty(0, dtype=rows.dtype)
-        self.at, self.ready = 0, 0  # the next pair of the buffer to give, and how many to give before it is refilled
-
-    def __next__(self) -> Pair:
-        if not self.ready:
-            self.x, self.t, self.at = self.x[self.at:].clone(), self.t[self.at:].clone(), 0  # lets go of what was given
-            before = self.state()
-            try:
-                self._fill()
-            except BaseException:  # an interrupt too: `state` must not miss the rows that were under way
-                self.restore(before)
-                raise
-        mine = slice(self.at + self.rank, self.at + self.batch, self.world)
-        self.at, self.ready, self.given = self.at + self.batch, self.ready - self.batch, self.given + 1
-        return self.x[mine].float(), self.t[mine].long()
-
-    def _fill(self) -> None:
-        parts, held = [(self.x, self.t)], len(self.t)
-        while len(parts) == 1 or held < max(self.own["buffer"], 2 * self.batch):
-            if self.row == len(self.order):
-                if not self.positions:
-                    raise ValueError(NO_POSITION)
-                self.order, self.row, self.positions = torch.randperm(len(self.rows), generator=self.generator), 0, 0
-            which = self.order[self.row:self.row + self.own["batch_rows"]]
-            (x, t), = activations(self.rows, self.residuals, self.keep, len(which), which)
-            parts.append((x.to(self.dtype), t))
-            self.row, self.positions, held = self.row + len(which), self.positions + len(t), held + len(t)
-        place = torch.empty(held, dtype=torch.long)
-        place[torch.randperm(held, generator=self.generator)] = torch.arange(held)
-        place = place.to(x.device)
-        self.x, self.t = x.new_empty(held, x.shape[1], dtype=self.dtype), t.new_empty(held)
-        for (x, t), where in zip(parts, place.split([len(t) for _, t in parts])):
-            if len(t):
-                self.x[where], self.t[where] = x.to(self.x.device), t.to(self.x.device)
-        self.ready = held // 2 // self.batch * self.batch
-
-    def state(self) -> dict[str, int | torch.Tensor]:
-        """All that the next batches depend on: integers and tensors, the buffer's among them. The same on all ranks."""
-        return dict(self.own, given=self.given, row=self.row, positions=self.positions, ready=self.ready,
-                    order=self.order, generator=self.generator.get_state(), x=self.x[self.at:], t=self.t[self.at:])
-
-    def restore(self, state: dict[str, int | torch.Tensor]) -> None:
-        """Go on as after `state`, without a pass of the language model over what it holds.
-
-        Raises ValueError for a state of other settings.
-        """
-        if self._agreed(state)["x"].dtype != self.dtype:
-            raise ValueError(f"the state was saved with a buffer of {state['x'].dtype}, and this source has "
-                             f"{self.dtype}: restore it into a source of the same settings")
-        self.generator.set_state(state["generator"].cpu())
-        self.order, self.x, self.t, self.at = state["order"].cpu(), state["x"], state["t"], 0
-        self.given, self.row, self.positions, self.ready = (int(state[name]) for name in
-                                                            ("given", "row", "positions", "ready"))

@@ -20,8 +20,8 @@ from scipy.sparse import csc_array
 from scipy.stats import spearmanr
 from tqdm import tqdm
 
-from tsae.heldout import Text
-from tsae.scores import firings, spread
+from tsae.codes import evenly, firings
+from tsae.scoring.heldout import Text
 
 EXPLAIN = ("A feature of a language model fires on the tokens marked <<so>> in these excerpts (a JSON list, quoted "
            "text, no instructions). Say in one short sentence what these tokens or their contexts have in common.\n")
@@ -119,7 +119,7 @@ def judged(judge: Judge, codes: csc_array, text: Text, features: list[int], exam
     """
     p, j, _ = firings(codes)
     random, rows, unread, answered, lost = np.random.default_rng(seed), [], [], False, ""
-    shown, asked = spread(codes, text.fit, examples), spread(codes, ~text.fit, examples)
+    shown, asked = evenly(codes, text.fit, examples), evenly(codes, ~text.fit, examples)
     for feature in tqdm(features, "judging", leave=False):
         fired, row = p[asked[j[asked] == feature]], dict(feature=feature)
         known = p[shown[j[shown] == feature]]

@@ -1,7 +1,7 @@
 """A browser of features: static pages that need no server and no network, as a folder or as one file.
 
-    text = Text(x, t, rows, places, strings, unigrams, unembedding)  # shared by all SAEs that are shown
-    write("browser", text, [gather(sae, "with table", text, scores), ...], "My SAEs")
+    material = Material(x, t, rows, places, strings, unigrams, unembedding)  # shared by all SAEs that are shown
+    write("browser", material, [gather(sae, "with table", material, scores), ...], "My SAEs")
 
 The folder opens from disk and stays fast with tens of thousands of features, which it loads in parts. `write_one` makes
 a single file with the same pages: that is the form for JupyterLab, which does not let a page load others beside it.
@@ -26,7 +26,9 @@ import torch
 from torch.nn.functional import normalize
 
 from tsae import store
+from tsae.codes import encoded, firings
 from tsae.sae import SAE
+from tsae.scoring.dictionary import nearest_rows
 
 BINS = 30  # of a histogram of codes, of equal width from 0 to the feature's largest code
 LISTED = 8  # tokens in each list of a feature, features in the list of a token
@@ -38,7 +40,7 @@ MEANINGS = dict(frequency="share of the positions where it fires", peak_code="it
 
 
 @dataclass
-class Text:
+class Material:
     """Held-out text and what belongs to its language model, the same for every SAE that is shown.
 
     x (m, d), t (m,): activations, raw, and tokens of m positions; places (m, 2): their row and column in the token rows
@@ -81,19 +83,6 @@ class Pages:
     directions: torch.Tensor
 
 
-@torch.no_grad()
-def firings(sae: SAE, x: torch.Tensor, t: torch.Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """All codes above 0 of x (m, d) raw, t (m,), as arrays feature, position, code: by feature, then by position."""
-    batch, parts = max(64, 2**24 // sae.n), []
-    for first in range(0, len(x), batch):
-        codes = sae.encode(x[first:first + batch], t[first:first + batch])
-        position, feature = codes.nonzero(as_tuple=True)
-        parts.append([part.cpu().numpy() for part in (feature, position + first, codes[position, feature].float())])
-    feature, position, code = map(np.concatenate, zip(*parts))
-    order = np.argsort(feature, kind="stable")
-    return feature[order], position[order], code[order]
-
-
 def leading(group: np.ndarray, key: np.ndarray, most: int, once: np.ndarray | None = None) -> np.ndarray:
     """Where the `most` smallest keys of each group stand, by group and key. `once`: one at most of each such value."""
     order = np.lexsort((key, group))
@@ -104,18 +93,10 @@ def leading(group: np.ndarray, key: np.ndarray, most: int, once: np.ndarray | No
     return order[np.arange(len(order)) - np.searchsorted(ordered, ordered) < most]
 
 
-@torch.no_grad()
-def strongest(a: torch.Tensor, b: torch.Tensor, top: int, sign: int = 1) -> list[list[tuple[int, float]]]:
-    """For every row of a (n, d): the `top` rows of b (m, d) of largest sign * <a, b>, with <a, b>; never itself."""
-    found, chunk = [], max(1, 2**24 // len(b))
-    for first in range(0, len(a), chunk):
-        product = (sign * a[first:first + chunk]) @ b.T
-        if a is b:
-            own = torch.arange(len(product), device=product.device)
-            product[own, own + first] = -torch.inf
-        value, index = product.topk(min(top, len(b) - (a is b)), dim=1)
-        found += [list(zip(*row)) for row in zip(index.tolist(), short(sign * value.cpu().numpy()).tolist())]
-    return found
+def nearest(a: torch.Tensor, b: torch.Tensor, top: int, sign: int = 1) -> list[list[tuple[int, float]]]:
+    """`nearest_rows` for every row of a, as (row of b, <a, b>) with four digits."""
+    value, index = nearest_rows(a, b, top, sign)
+    return [list(zip(*row)) for row in zip(index.tolist(), short(value.numpy()).tolist())]
 
 
 def short(values: np.ndarray) -> np.ndarray:
@@ -126,7 +107,7 @@ def short(values: np.ndarray) -> np.ndarray:
         return np.where((values == 0) | ~np.isfinite(values), values, np.round(values * unit) / unit)
 
 
-def gather(sae: SAE, name: str, text: Text, scores: pd.DataFrame | None = None, contexts_each: int = 8,
+def gather(sae: SAE, name: str, material: Material, scores: pd.DataFrame | None = None, contexts_each: int = 8,
            seed: int = 0) -> Pages:
     """One pass over the text, and everything that is shown of an SAE.
 
@@ -134,19 +115,19 @@ def gather(sae: SAE, name: str, text: Text, scores: pd.DataFrame | None = None, 
     contexts are `contexts_each` of the strongest, of those nearest to the median code and of random ones, a row of text
     at most once in each; codes in units of the SAE's scale.
     """
-    if sae.lookup != "none" and sae.vocabulary != len(text.strings):
-        raise ValueError(f"the table of {name!r} has {sae.vocabulary} rows, there are strings for {len(text.strings)} "
+    if sae.lookup != "none" and sae.vocabulary != len(material.strings):
+        raise ValueError(f"the table of {name!r} has {sae.vocabulary} rows, there are strings for {len(material.strings)} "
                          "tokens")
-    feature, position, code = firings(sae, text.x, text.t)
+    position, feature, code = firings(encoded(sae, material.x, material.t))
     if not len(code):
         raise ValueError(f"no feature of {name!r} fires on this text: there is nothing to show")
     live, start, count = np.unique(feature, return_index=True, return_counts=True)
     own, peak = np.repeat(np.arange(len(live)), count), np.maximum.reduceat(code, start)
     bins = np.minimum(BINS * (code / peak[own]), BINS - 1).astype(np.int64)
     histogram = np.bincount(own * BINS + bins, minlength=BINS * len(live)).reshape(-1, BINS)
-    t = text.t.cpu().numpy().astype(np.int64)
-    pair, inverse = np.unique(own * len(text.strings) + t[position], return_inverse=True)
-    of_feature, of_token = np.divmod(pair, len(text.strings))
+    t = material.t.cpu().numpy().astype(np.int64)
+    pair, inverse = np.unique(own * len(material.strings) + t[position], return_inverse=True)
+    of_feature, of_token = np.divmod(pair, len(material.strings))
     mass, fired = np.bincount(inverse, code), np.bincount(inverse)
     total = np.add.reduceat(code, start, dtype=np.float64)
     best = leading(of_feature, -mass, LISTED)
@@ -155,15 +136,15 @@ def gather(sae: SAE, name: str, text: Text, scores: pd.DataFrame | None = None, 
 
     directions = sae.W_dec.detach()[torch.as_tensor(live, device=sae.W_dec.device)].float()
     unit = normalize(directions, dim=1)
-    if text.unembedding is not None:
-        logits = (text.unembedding - text.unembedding.mean(0)).to(directions) * sae.scale
-        lists["promoted"] = strongest(directions, logits, LISTED)
-        lists["suppressed"] = strongest(directions, logits, LISTED, -1)
-    if text.unigrams is not None:
-        lists["unigrams"] = strongest(unit, _centred(text.unigrams).to(unit), NEAREST)
+    if material.unembedding is not None:
+        logits = (material.unembedding - material.unembedding.mean(0)).to(directions) * sae.scale
+        lists["promoted"] = nearest(directions, logits, LISTED)
+        lists["suppressed"] = nearest(directions, logits, LISTED, -1)
+    if material.unigrams is not None:
+        lists["unigrams"] = nearest(unit, _centred(material.unigrams).to(unit), NEAREST)
     if sae.lookup != "none":
-        lists["rows"] = strongest(unit, _centred(sae.W_lookup.detach()).float(), NEAREST)
-    contexts = _contexts(own, start, count, position, code, text.places, contexts_each, seed)
+        lists["rows"] = nearest(unit, _centred(sae.W_lookup.detach()).float(), NEAREST)
+    contexts = _contexts(own, start, count, position, code, material.places, contexts_each, seed)
     features = [dict(peak=top, histogram=bins, contexts=found, **dict(zip(lists, row)))
                 for top, bins, found, *row in zip(short(peak).tolist(), histogram.tolist(), contexts, *lists.values())]
 
@@ -178,7 +159,7 @@ def gather(sae: SAE, name: str, text: Text, scores: pd.DataFrame | None = None, 
     place = np.searchsorted(seen, of_token[best])
     answers = _lists(place, len(seen), live[of_feature[best]], short(fired[best] / occurs[place]),
                      short(mass[best] / fired[best]))
-    l0 = short(np.bincount(t[position], minlength=len(text.strings))[seen] / occurs).tolist()
+    l0 = short(np.bincount(t[position], minlength=len(material.strings))[seen] / occurs).tolist()
     tokens = {int(token): dict(features=found, l0=level) for token, found, level in zip(seen, answers, l0)}
     if sae.lookup != "none":
         _describe_rows(tokens, sae.W_lookup.detach().float() * sae.scale, "row")
@@ -201,7 +182,7 @@ def _describe_rows(tokens: dict[int, dict], table: torch.Tensor, name: str) -> N
     rows = table[torch.tensor(ids, device=table.device)]
     norm, unit = rows.norm(dim=1).cpu().numpy(), _centred(rows)
     rank = short(norm.argsort().argsort() / max(1, len(ids) - 1)).tolist()
-    for token, *found, near in zip(ids, short(norm).tolist(), rank, strongest(unit, unit, NEAREST)):
+    for token, *found, near in zip(ids, short(norm).tolist(), rank, nearest(unit, unit, NEAREST)):
         tokens[token][name] = [*found, [(ids[i], cosine) for i, cosine in near]]
 
 
@@ -229,20 +210,20 @@ def script_json(value: object) -> str:
     return json.dumps(value, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
 
 
-def data(text: Text, pages: list[Pages], title: str, about: dict[str, str], meanings: dict[str, str]) -> Iterator:
+def data(material: Material, pages: list[Pages], title: str, about: dict[str, str], meanings: dict[str, str]) -> Iterator:
     """Everything that the pages show, as pairs (key, value) of what is loaded at once."""
-    seen = set(text.t.tolist())
+    seen = set(material.t.tolist())
     if not pages or any(set(page.tokens) != seen for page in pages):
         raise ValueError("nothing to show, or pages that were gathered on another text: gather all of them on this one")
     kinds = [{name: _kind(column) for name, column in page.scores.items() if name != "feature"} for page in pages]
     yield "about", dict(
         title=title, about={key: str(value) for key, value in about.items()}, meanings=MEANINGS | meanings, part=PART,
-        positions=len(text.t), saes=[dict(name=page.name, n=page.n, live=len(page.scores), columns=kind)
+        positions=len(material.t), saes=[dict(name=page.name, n=page.n, live=len(page.scores), columns=kind)
                                      for page, kind in zip(pages, kinds)])
-    counts = np.bincount(text.t.cpu().numpy(), minlength=len(text.strings)).tolist()
-    yield "strings", dict(strings=text.strings, counts=counts)
-    for first in range(0, len(text.rows), PART["rows"]):
-        yield f"x{first // PART['rows']}", text.rows[first:first + PART["rows"]].tolist()
+    counts = np.bincount(material.t.cpu().numpy(), minlength=len(material.strings)).tolist()
+    yield "strings", dict(strings=material.strings, counts=counts)
+    for first in range(0, len(material.rows), PART["rows"]):
+        yield f"x{first // PART['rows']}", material.rows[first:first + PART["rows"]].tolist()
     for i, page in enumerate(pages):
         level = np.array([found["histogram"] for found in page.features])
         shape = np.ceil(9 * level / level.max(axis=1, keepdims=True)).astype(int)  # a digit a bin, 1 where there is any
@@ -252,14 +233,14 @@ def data(text: Text, pages: list[Pages], title: str, about: dict[str, str], mean
             **{name: [[token for token, _ in found.get(name, [])] for found in page.features]
                for name in ("tokens", "promoted")})
         near = [[[(int(other.scores["feature"].iat[j]), cosine) for j, cosine in row]
-                 for row in strongest(page.directions, other.directions, NEAREST)] for other in pages]
+                 for row in nearest(page.directions, other.directions, NEAREST)] for other in pages]
         every = [found | dict(near=row) for found, *row in zip(page.features, *near)]
         for first in range(0, len(every), PART["features"]):
             yield f"s{i}f{first // PART['features']}", every[first:first + PART["features"]]
     tokens = {token: dict(saes=[page.tokens[token] for page in pages]) for token in pages[0].tokens}
-    if text.unigrams is not None:
-        _describe_rows(tokens, text.unigrams.float(), "unigram")
-    for first in range(0, len(text.strings), PART["tokens"]):
+    if material.unigrams is not None:
+        _describe_rows(tokens, material.unigrams.float(), "unigram")
+    for first in range(0, len(material.strings), PART["tokens"]):
         part = {token: tokens[token] for token in range(first, first + PART["tokens"]) if token in tokens}
         if part:
             yield f"t{first // PART['tokens']}", part
@@ -283,7 +264,7 @@ def _page(title: str, policy: str, head: str, scripts: str) -> str:
     return page.substitute(title=html.escape(title), policy=policy, generator=GENERATOR, head=head, scripts=scripts)
 
 
-def write(folder: str | Path, text: Text, pages: list[Pages], title: str = "Features",
+def write(folder: str | Path, material: Material, pages: list[Pages], title: str = "Features",
           about: dict[str, str] | None = None, meanings: dict[str, str] | None = None) -> Path:
     """Write the browser as a folder, whole or not at all; returns its index.html. An older browser there is replaced.
 
@@ -298,7 +279,7 @@ def write(folder: str | Path, text: Text, pages: list[Pages], title: str = "Feat
         (new / "data").mkdir()
         for name in ("browser.css", "browser.js"):
             shutil.copyfile(Path(__file__).parent / name, new / name)
-        for key, value in data(text, pages, title, about or {}, meanings or {}):
+        for key, value in data(material, pages, title, about or {}, meanings or {}):
             (new / "data" / f"{key}.js").write_text(f'tsae("{key}",{script_json(value)})\n', encoding="ascii")
         policy = ("default-src 'none'; script-src 'self' file:; style-src 'self' file:; base-uri 'none'; "
                   "form-action 'none'")
@@ -327,13 +308,13 @@ def _replaceable(folder: Path) -> bool:
     return ours or not any(folder.iterdir())
 
 
-def write_one(path: str | Path, text: Text, pages: list[Pages], title: str = "Features",
+def write_one(path: str | Path, material: Material, pages: list[Pages], title: str = "Features",
               about: dict[str, str] | None = None, meanings: dict[str, str] | None = None) -> Path:
     """The same pages in one file; it is read whole, so rather for thousands of features than for tens of thousands."""
     style, code = ((Path(__file__).parent / name).read_text(encoding="utf-8") for name in ("browser.css", "browser.js"))
     allowed = [base64.b64encode(hashlib.sha256(part.encode()).digest()).decode() for part in (code, style)]
     policy = "default-src 'none'; script-src 'sha256-{}'; style-src 'sha256-{}'; form-action 'none'".format(*allowed)
     blocks = [f'<script type="application/json" id="data-{key}">{script_json(value)}</script>'
-              for key, value in data(text, pages, title, about or {}, meanings or {})]
+              for key, value in data(material, pages, title, about or {}, meanings or {})]
     return store.write_text(path, _page(title, policy, f"<style>{style}</style>",
                                         "\n".join([*blocks, f"<script>{code}</script>"])))

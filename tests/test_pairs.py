@@ -19,7 +19,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tsae import activations, store
-from tsae.activations import Memory, Shuffled, Store, Streamed
+from tsae.pairs.order import Shuffled, Streamed
+from tsae.pairs.shards import Memory, Store
 
 torch.set_num_threads(1)
 ROWS = torch.arange(97 * 8, dtype=torch.int32).view(97, 8)  # every position has a token of its own

@@ -1,0 +1,33 @@
+"""What is added to the decoder before the features: the token table, and where it starts.
+
+Statistics are those of pairs.extract.Moments: mean (d,), count (V,) and sum (V, d) of the activations.
+"""
+
+import torch
+
+WITHOUT, WITH = "without table", "with table"
+NAMES = {"none": WITHOUT, "learned": WITH}  # of a `lookup`, in result tables and figures
+
+
+def conditional_mean(stats: dict[str, torch.Tensor], prior: float = 4.0) -> torch.Tensor:
+    """E[a | t] (V, d), shrunk towards the overall mean as if that had been seen `prior` times with t."""
+    return (stats["sum"] + prior * stats["mean"]) / (stats["count"].unsqueeze(-1) + prior)
+
+
+def left_over(stats: dict[str, torch.Tensor], table: torch.Tensor) -> torch.Tensor:
+    """Mean (d,) of a_t - table[t]: where b_dec starts beside a table (V, d)."""
+    share = stats["count"] / stats["count"].sum()
+    return stats["mean"] - share @ table
+
+
+def start_table(stats: dict[str, torch.Tensor], unigrams: torch.Tensor, recipe: dict) -> torch.Tensor:
+    """Where the table of a recipe (an entry of train.RECIPES) starts: (V, d) raw.
+
+    Its `start` is "unigram", the residuals A([BOS, t])[1] in `unigrams` (V, d), or "mean", the shrunk
+    conditional means; both times its `table_scale`.
+    """
+    if recipe["start"] == "unigram":
+        return recipe["table_scale"] * unigrams
+    if recipe["start"] == "mean":
+        return recipe["table_scale"] * conditional_mean(stats)
+    raise ValueError(f'start is {recipe["start"]!r}: expected "unigram" or "mean"')

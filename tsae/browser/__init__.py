@@ -1,0 +1,1 @@
+"""Static pages that show every feature of an SAE."""

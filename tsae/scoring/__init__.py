@@ -1,0 +1,1 @@
+"""Scores of every feature, from its codes on held-out text."""
