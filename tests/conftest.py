@@ -11,6 +11,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from tsae.lm import LM
+from tsae.pairs.prepare import Data, prepare
+
+ROWS = torch.randint(1, 257, (8, 12), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
 
 FAMILIES = {
     "gpt2": dict(n_embd=16, n_layer=3, n_head=2, n_positions=32, activation_function="gelu_pytorch_tanh"),
@@ -61,3 +64,9 @@ def model_folder(tmp_path):
         byte_tokenizer().save_pretrained(folder)
         return folder
     return write
+
+
+@pytest.fixture
+def data(tiny_gpt2, tmp_path) -> Data:
+    """The activations of ROWS at layer 1 of a tiny language model."""
+    return prepare(tiny_gpt2.layer(1), ROWS, batch=16, folder=tmp_path / "activations")

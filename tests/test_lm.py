@@ -22,7 +22,7 @@ def test_residuals_are_hidden_states(tiny):
     assert tiny.centred == (tiny.name in ("gpt2", "gpt_neox"))
     for layer in range(3):
         assert torch.allclose(ours[layer], centred(tiny, expected[layer]), atol=1e-5)
-        assert torch.equal(tiny.at(layer)(TOKENS), ours[layer])
+        assert torch.equal(tiny.layer(layer).residuals(TOKENS), ours[layer])
 
 
 def test_the_forward_pass_stops_after_the_layer(tiny_gpt2):
@@ -64,8 +64,8 @@ def test_patch_reaches_the_kept_positions_only(tiny_gpt2):
     x, t = seen[0]
     kept = tiny_gpt2.keep(tokens)
     assert kept.sum() == 3 * 8 - 1 and not kept[:, 0].any() and not kept[1, 4]
-    assert torch.equal(t, tokens[kept]) and torch.allclose(x, tiny_gpt2.at(2)(tokens)[kept], atol=1e-6)
-    network, stream = tiny_gpt2.model, tiny_gpt2.at(2)(tokens)
+    assert torch.equal(t, tokens[kept]) and torch.allclose(x, tiny_gpt2.layer(2).residuals(tokens)[kept], atol=1e-6)
+    network, stream = tiny_gpt2.model, tiny_gpt2.layer(2).residuals(tokens)
     stream[kept] = 0
     with torch.no_grad():
         hidden = network.transformer.h[2](stream)
@@ -77,13 +77,13 @@ def test_patch_reaches_the_kept_positions_only(tiny_gpt2):
 
 
 def test_no_gradients_are_kept(tiny_gpt2):
-    assert not tiny_gpt2.at(1)(TOKENS).requires_grad and torch.is_grad_enabled()
+    assert not tiny_gpt2.layer(1).residuals(TOKENS).requires_grad and torch.is_grad_enabled()
 
 
 def test_load_from_a_folder_in_hub_format(model_folder):
     folder = model_folder("llama")
     loaded = lms.load(str(folder), device="cpu")
-    assert torch.allclose(loaded.at(2)(TOKENS), lms.LM(tiny_network("llama"), byte_tokenizer()).at(2)(TOKENS), atol=1e-5)
+    assert torch.allclose(loaded.layer(2).residuals(TOKENS), lms.LM(tiny_network("llama"), byte_tokenizer()).layer(2).residuals(TOKENS), atol=1e-5)
 
 
 @pytest.mark.parametrize("layers", [[3], [-2], []])

@@ -1,10 +1,11 @@
-"""A browser of features: static pages that need no server and no network, as a folder or as one file.
+"""A browser of features: static pages without a server or a network, as a folder or as one file.
 
-    material = Material(x, t, rows, places, strings, unigrams, unembedding)  # shared by all SAEs that are shown
+    material = Material(x, t, rows, places, strings, unigrams, unembedding)  # shared by all SAEs
     write("browser", material, [gather(sae, "with table", material, scores), ...], "My SAEs")
 
-The folder opens from disk and stays fast with tens of thousands of features, which it loads in parts. `write_one` makes
-a single file with the same pages: that is the form for JupyterLab, which does not let a page load others beside it.
+The folder opens from disk and stays fast with tens of thousands of features: it loads them in
+parts. `write_one` makes a single file with the same pages. Use it in JupyterLab, which does not
+let a page load others beside it.
 """
 
 import base64
@@ -14,7 +15,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -23,10 +24,11 @@ from string import Template
 import numpy as np
 import pandas as pd
 import torch
+from scipy.sparse import csc_array
 from torch.nn.functional import normalize
 
 from tsae import store
-from tsae.codes import encoded, firings
+from tsae.codes import by_strength, encoded, firings, ordered_within
 from tsae.sae import SAE
 from tsae.scoring.dictionary import nearest_rows
 
@@ -43,9 +45,10 @@ MEANINGS = dict(frequency="share of the positions where it fires", peak_code="it
 class Material:
     """Held-out text and what belongs to its language model, the same for every SAE that is shown.
 
-    x (m, d), t (m,): activations, raw, and tokens of m positions; places (m, 2): their row and column in the token rows
-    (N, T), from features.where; strings: the V tokens as text. Optional, (V, d): unigrams, the activations of [BOS, t];
-    unembedding, the rows that score next tokens, with the final norm's gain folded in.
+    x (m, d), t (m,): raw activations and tokens of m positions. rows (N, T): the token rows they
+    come from; places (m, 2): their row and column in these, from features.where. strings: the V
+    tokens as text. Optional, (V, d): unigrams, the activations of [BOS, t]; unembedding, the rows
+    that score next tokens, with the final norm's gain folded in.
     """
 
     x: torch.Tensor
@@ -57,23 +60,30 @@ class Material:
     unembedding: torch.Tensor | None = None
 
     def __post_init__(self):
-        at = self.rows.cpu().numpy()[tuple(self.places.T)]
-        if not len(self.x) == len(self.t) == len(at) or not np.array_equal(at, self.t.cpu().numpy()):
-            raise ValueError("x, t and places do not belong together: rows[places] must be t (see features.where)")
+        tokens, known = self.rows.cpu().numpy()[tuple(self.places.T)], len(self.strings)
+        if (not len(self.x) == len(self.t) == len(tokens)
+                or not np.array_equal(tokens, self.t.cpu().numpy())):
+            raise ValueError("x, t and places do not belong together: rows[places] must be t "
+                             "(see features.where)")
         if (np.diff(self.places @ [self.rows.shape[1], 1]) <= 0).any():
             raise ValueError("the places are not in reading order: take them from features.where")
-        if int(self.rows.max()) >= len(self.strings):
-            raise ValueError(f"the text holds token {int(self.rows.max())}, there are strings for {len(self.strings)}")
+        if int(self.rows.max()) >= known:
+            raise ValueError(f"the text holds token {int(self.rows.max())}, there are strings for "
+                             f"{known}")
         for name in ("unigrams", "unembedding"):
             table = getattr(self, name)
-            if table is not None and len(table) != len(self.strings):
-                raise ValueError(f"{name} has {len(table)} rows, there are strings for {len(self.strings)} tokens")
+            if table is not None and len(table) != known:
+                raise ValueError(f"{name} has {len(table)} rows, there are strings for {known} "
+                                 "tokens")
 
 
 @dataclass
 class Pages:
-    """What is shown of one SAE: scores, one row a live feature; features, one dict for each of these; tokens, one dict
-    for each token of the text; directions (live, d): the decoder's rows."""
+    """What is shown of one SAE.
+
+    n: its features; scores: one row a live feature; features: one dict for each of these; tokens:
+    one dict for each token of the text; directions (live, d): the decoder's rows, of unit norm.
+    """
 
     name: str
     n: int
@@ -83,20 +93,35 @@ class Pages:
     directions: torch.Tensor
 
 
-def leading(group: np.ndarray, key: np.ndarray, most: int, once: np.ndarray | None = None) -> np.ndarray:
-    """Where the `most` smallest keys of each group stand, by group and key. `once`: one at most of each such value."""
-    order = np.lexsort((key, group))
-    if once is not None:
-        pair = group[order].astype(np.int64) * (int(once.max()) + 1) + once[order]
-        order = order[np.sort(np.unique(pair, return_index=True)[1])]
-    ordered = group[order]
-    return order[np.arange(len(order)) - np.searchsorted(ordered, ordered) < most]
+def gather(sae: SAE, name: str, material: Material, scores: pd.DataFrame | None = None,
+           contexts_each: int = 8, seed: int = 0) -> Pages:
+    """One pass over the text, and everything that is shown of an SAE.
 
+    `scores` has a column "feature" and any others: numbers, text, or token ids where the name ends
+    in `_token`. Contexts are `contexts_each` of the strongest, of those nearest to the median code,
+    and of random ones; a row of text stands in each list once. Codes are in units of the SAE's
+    scale.
+    """
+    if sae.lookup != "none" and sae.vocabulary != len(material.strings):
+        raise ValueError(f"the table of {name!r} has {sae.vocabulary} rows, there are strings for "
+                         f"{len(material.strings)} tokens")
+    codes = encoded(sae, material.x, material.t)
+    live = np.flatnonzero(np.diff(codes.indptr))
+    if not len(live):
+        raise ValueError(f"no feature of {name!r} fires on this text: there is nothing to show")
+    codes = codes[:, live]  # from here on features are numbered 0 .. len(live) - 1
+    t = material.t.cpu().numpy().astype(np.int64)
+    pairs = _by_token(codes, t)
 
-def nearest(a: torch.Tensor, b: torch.Tensor, top: int, sign: int = 1) -> list[list[tuple[int, float]]]:
-    """`nearest_rows` for every row of a, as (row of b, <a, b>) with four digits."""
-    value, index = nearest_rows(a, b, top, sign)
-    return [list(zip(*row)) for row in zip(index.tolist(), short(value.numpy()).tolist())]
+    shown = dict(peak=short(_peak(codes)).tolist(), histogram=_histograms(codes).tolist(),
+                 contexts=_contexts(codes, material.places, contexts_each, seed),
+                 tokens=_tokens_of_features(codes, pairs), **_related(sae, live, material))
+    features = [dict(zip(shown, row)) for row in zip(*shown.values())]
+    tokens = _features_of_tokens(pairs, t, live)
+    if sae.lookup != "none":
+        _describe_rows(tokens, sae.W_lookup.detach().float() * sae.scale, "row")
+    directions = normalize(_decoder_rows(sae, live), dim=1)
+    return Pages(name, sae.n, _table(codes, live, scores), features, tokens, directions)
 
 
 def short(values: np.ndarray) -> np.ndarray:
@@ -104,217 +129,171 @@ def short(values: np.ndarray) -> np.ndarray:
     values = np.asarray(values, np.float64)
     with np.errstate(divide="ignore", invalid="ignore"):
         unit = 10.0 ** np.clip(3 - np.floor(np.log10(np.abs(values))), 0, 15)
-        return np.where((values == 0) | ~np.isfinite(values), values, np.round(values * unit) / unit)
+        rounded = np.round(values * unit) / unit
+    return np.where((values == 0) | ~np.isfinite(values), values, rounded)
 
 
-def gather(sae: SAE, name: str, material: Material, scores: pd.DataFrame | None = None, contexts_each: int = 8,
-           seed: int = 0) -> Pages:
-    """One pass over the text, and everything that is shown of an SAE.
+def leading(order: np.ndarray, group: np.ndarray, most: int) -> np.ndarray:
+    """The first `most` entries of each group, of an order that has one group after the other."""
+    ordered = group[order]
+    return order[np.arange(len(order)) - np.searchsorted(ordered, ordered) < most]
 
-    `scores` has a column "feature" and any others: numbers, text, or token ids where the name ends in `_token`. The
-    contexts are `contexts_each` of the strongest, of those nearest to the median code and of random ones, a row of text
-    at most once in each; codes in units of the SAE's scale.
+
+def distinct(order: np.ndarray, key: np.ndarray) -> np.ndarray:
+    """An order without the entries whose key has come before."""
+    return order[np.sort(np.unique(key[order], return_index=True)[1])]
+
+
+def _lists(group: np.ndarray, n: int, *columns: Iterable) -> list[list[tuple]]:
+    """The rows of `columns`, in one list for each of n groups. `group` ascends."""
+    rows, ends = list(zip(*columns)), np.searchsorted(group, np.arange(n + 1))
+    return [rows[first:end] for first, end in pairwise(ends.tolist())]
+
+
+def _peak(codes: csc_array) -> np.ndarray:
+    """Each feature's largest code. All features of `codes` (m, live) fire, here and below."""
+    return np.maximum.reduceat(codes.data, codes.indptr[:-1])
+
+
+def _mass(codes: csc_array) -> np.ndarray:
+    """The sum of each feature's codes."""
+    return np.add.reduceat(codes.data, codes.indptr[:-1], dtype=np.float64)
+
+
+def _table(codes: csc_array, live: np.ndarray, scores: pd.DataFrame | None) -> pd.DataFrame:
+    """One row a live feature: frequency, peak_code, mean_code, then `scores`, which go first."""
+    count = np.diff(codes.indptr)
+    table = pd.DataFrame(dict(feature=live, frequency=count / codes.shape[0],
+                              peak_code=_peak(codes), mean_code=_mass(codes) / count))
+    if scores is None:
+        return table
+    if "feature" not in scores or scores["feature"].duplicated().any():
+        raise ValueError('the scores need a column "feature" that names every feature once')
+    ours = [name for name in table if name == "feature" or name not in scores]
+    columns = list(dict.fromkeys([*table, *scores]))
+    return table[ours].merge(scores, on="feature", how="left")[columns]
+
+
+def _histograms(codes: csc_array) -> np.ndarray:
+    """How many of each feature's codes fall into each bin (live, BINS). In float32, as codes are."""
+    feature = firings(codes)[1]
+    share = codes.data / _peak(codes)[feature]
+    bins = np.minimum(BINS * share, BINS - 1).astype(np.int64)
+    return np.bincount(feature * BINS + bins, minlength=BINS * codes.shape[1]).reshape(-1, BINS)
+
+
+def _contexts(codes: csc_array, places: np.ndarray, each: int, seed: int) -> list[dict[str, list]]:
+    """For each feature {kind: [(row, column, columns, codes)]}.
+
+    A context is a firing, in a row and column of text; columns and codes are those of all the
+    feature's firings in that row.
     """
-    if sae.lookup != "none" and sae.vocabulary != len(material.strings):
-        raise ValueError(f"the table of {name!r} has {sae.vocabulary} rows, there are strings for {len(material.strings)} "
-                         "tokens")
-    position, feature, code = firings(encoded(sae, material.x, material.t))
-    if not len(code):
-        raise ValueError(f"no feature of {name!r} fires on this text: there is nothing to show")
-    live, start, count = np.unique(feature, return_index=True, return_counts=True)
-    own, peak = np.repeat(np.arange(len(live)), count), np.maximum.reduceat(code, start)
-    bins = np.minimum(BINS * (code / peak[own]), BINS - 1).astype(np.int64)
-    histogram = np.bincount(own * BINS + bins, minlength=BINS * len(live)).reshape(-1, BINS)
-    t = material.t.cpu().numpy().astype(np.int64)
-    pair, inverse = np.unique(own * len(material.strings) + t[position], return_inverse=True)
-    of_feature, of_token = np.divmod(pair, len(material.strings))
-    mass, fired = np.bincount(inverse, code), np.bincount(inverse)
-    total = np.add.reduceat(code, start, dtype=np.float64)
-    best = leading(of_feature, -mass, LISTED)
-    share = short(mass[best] / total[of_feature[best]])
-    lists = dict(tokens=_lists(of_feature[best], len(live), of_token[best], share))
+    position, feature, code = firings(codes)
+    row, column = places[position].T
+    in_row = feature * (int(row.max()) + 1) + row  # ascends: firings are in reading order
+    columns, shown, found = column.tolist(), short(code).tolist(), {}
+    for kind, order in _orders(codes, seed).items():
+        chosen = leading(distinct(order, in_row), feature, each)
+        spans = list(zip(np.searchsorted(in_row, in_row[chosen]).tolist(),
+                         np.searchsorted(in_row, in_row[chosen], side="right").tolist()))
+        found[kind] = _lists(feature[chosen], codes.shape[1], row[chosen].tolist(),
+                             column[chosen].tolist(), [columns[a:b] for a, b in spans],
+                             [shown[a:b] for a, b in spans])
+    return [dict(zip(found, kinds)) for kinds in zip(*found.values())]
 
-    directions = sae.W_dec.detach()[torch.as_tensor(live, device=sae.W_dec.device)].float()
-    unit = normalize(directions, dim=1)
-    if material.unembedding is not None:
-        logits = (material.unembedding - material.unembedding.mean(0)).to(directions) * sae.scale
-        lists["promoted"] = nearest(directions, logits, LISTED)
-        lists["suppressed"] = nearest(directions, logits, LISTED, -1)
-    if material.unigrams is not None:
-        lists["unigrams"] = nearest(unit, _centred(material.unigrams).to(unit), NEAREST)
-    if sae.lookup != "none":
-        lists["rows"] = nearest(unit, _centred(sae.W_lookup.detach()).float(), NEAREST)
-    contexts = _contexts(own, start, count, position, code, material.places, contexts_each, seed)
-    features = [dict(peak=top, histogram=bins, contexts=found, **dict(zip(lists, row)))
-                for top, bins, found, *row in zip(short(peak).tolist(), histogram.tolist(), contexts, *lists.values())]
 
-    table = pd.DataFrame(dict(feature=live, frequency=count / len(t), peak_code=peak, mean_code=total / count))
-    if scores is not None:
-        if "feature" not in scores or scores["feature"].duplicated().any():
-            raise ValueError('the scores need a column "feature" that names every feature once')
-        ours = [name for name in table if name == "feature" or name not in scores]
-        table = table[ours].merge(scores, on="feature", how="left")[list(dict.fromkeys([*table, *scores]))]
-    best = leading(of_token, -mass, LISTED)
+def _orders(codes: csc_array, seed: int) -> dict[str, np.ndarray]:
+    """Orders (nnz,) of firings, by feature and then: strongest first, middle ranks first, random."""
+    feature, top = firings(codes)[1], by_strength(codes)
+    rank = np.empty(len(top), np.int64)
+    rank[top] = np.arange(len(top)) - codes.indptr[feature]  # 0 is the feature's strongest
+    last = np.diff(codes.indptr)[feature] - 1
+    from_middle = abs(2 * rank - last).astype(np.uint32)
+    lot = np.random.default_rng(seed).permutation(len(top)).astype(np.uint32)
+    return dict(top=top, middle=ordered_within(feature, from_middle),
+                random=ordered_within(feature, lot))
+
+
+def _by_token(codes: csc_array, t: np.ndarray) -> pd.DataFrame:
+    """One row for each feature and token on which it fires: feature, token, mass, fired.
+
+    mass is the sum of the codes there, fired their number.
+    """
+    position, feature, code = firings(codes)
+    above = int(t.max()) + 1
+    pair, entry = np.unique(feature * above + t[position], return_inverse=True)
+    feature, token = np.divmod(pair, above)
+    return pd.DataFrame(dict(feature=feature, token=token, mass=np.bincount(entry, code),
+                             fired=np.bincount(entry)))
+
+
+def _heaviest(pairs: pd.DataFrame, by: str) -> pd.DataFrame:
+    """The LISTED rows with the largest mass of each feature, or of each token: `by` says which."""
+    group = pairs[by].to_numpy()
+    return pairs.iloc[leading(np.lexsort((-pairs["mass"], group)), group, LISTED)]
+
+
+def _tokens_of_features(codes: csc_array, pairs: pd.DataFrame) -> list[list[tuple]]:
+    """For each feature [(token, its share of the feature's mass)]."""
+    best = _heaviest(pairs, "feature")
+    share = short(best["mass"] / _mass(codes)[best["feature"]])
+    return _lists(best["feature"], codes.shape[1], best["token"].tolist(), share.tolist())
+
+
+def _features_of_tokens(pairs: pd.DataFrame, t: np.ndarray, live: np.ndarray) -> dict[int, dict]:
+    """For each token of the text: the mean number of active features, and its strongest features.
+
+    features are [(feature, share of the token's positions where it fires, mean code there)].
+    """
     seen, occurs = np.unique(t, return_counts=True)
-    place = np.searchsorted(seen, of_token[best])
-    answers = _lists(place, len(seen), live[of_feature[best]], short(fired[best] / occurs[place]),
-                     short(mass[best] / fired[best]))
-    l0 = short(np.bincount(t[position], minlength=len(material.strings))[seen] / occurs).tolist()
-    tokens = {int(token): dict(features=found, l0=level) for token, found, level in zip(seen, answers, l0)}
-    if sae.lookup != "none":
-        _describe_rows(tokens, sae.W_lookup.detach().float() * sae.scale, "row")
-    return Pages(name, sae.n, table, features, tokens, unit)
+    best = _heaviest(pairs, "token")
+    place = np.searchsorted(seen, best["token"])
+    features = _lists(place, len(seen), live[best["feature"]].tolist(),
+                      short(best["fired"] / occurs[place]).tolist(),
+                      short(best["mass"] / best["fired"]).tolist())
+    fired = np.bincount(pairs["token"], pairs["fired"], minlength=len(occurs) and seen[-1] + 1)
+    l0 = short(fired[seen] / occurs).tolist()
+    return {token: dict(features=found, l0=level)
+            for token, found, level in zip(seen.tolist(), features, l0)}
 
 
-def _lists(group: np.ndarray, n: int, *columns: np.ndarray) -> list[list[tuple]]:
-    """For each of n groups, its entries; `group` ascends."""
-    entries = list(zip(*[column.tolist() for column in columns]))
-    return [entries[a:b] for a, b in pairwise(np.searchsorted(group, np.arange(n + 1)).tolist())]
+def matches(a: torch.Tensor, b: torch.Tensor, top: int, sign: int = 1) -> list[list[tuple]]:
+    """For every row of a, [(row of b, <a, b>)] of the `top` from `nearest_rows`."""
+    value, index = nearest_rows(a, b, top, sign)
+    return [list(zip(*row)) for row in zip(index.tolist(), short(value.numpy()).tolist())]
+
+
+def _decoder_rows(sae: SAE, live: np.ndarray) -> torch.Tensor:
+    return sae.W_dec.detach()[torch.as_tensor(live, device=sae.W_dec.device)].float()
 
 
 def _centred(table: torch.Tensor) -> torch.Tensor:
     return normalize(table - table.mean(0), dim=1)
 
 
+def _related(sae: SAE, live: np.ndarray, material: Material) -> dict[str, list]:
+    """For each live feature, tokens by the direction it writes: next tokens that it promotes and
+    suppresses, the nearest unigrams, the nearest rows of the table."""
+    lists, directions = {}, _decoder_rows(sae, live)
+    unit = normalize(directions, dim=1)
+    if material.unembedding is not None:
+        centred = material.unembedding - material.unembedding.mean(0)
+        logits = centred.to(directions) * sae.scale
+        lists["promoted"] = matches(directions, logits, LISTED)
+        lists["suppressed"] = matches(directions, logits, LISTED, -1)
+    if material.unigrams is not None:
+        lists["unigrams"] = matches(unit, _centred(material.unigrams).to(unit), NEAREST)
+    if sae.lookup != "none":
+        lists["rows"] = matches(unit, _centred(sae.W_lookup.detach()).float(), NEAREST)
+    return lists
+
+
 def _describe_rows(tokens: dict[int, dict], table: torch.Tensor, name: str) -> None:
-    """Add to each token's dict the norm of its row of `table` (V, d), its rank by it, and the nearest of the others."""
+    """Add to each token's dict its row of `table` (V, d): norm, rank by it, nearest other rows."""
     ids = list(tokens)
     rows = table[torch.tensor(ids, device=table.device)]
     norm, unit = rows.norm(dim=1).cpu().numpy(), _centred(rows)
     rank = short(norm.argsort().argsort() / max(1, len(ids) - 1)).tolist()
-    for token, *found, near in zip(ids, short(norm).tolist(), rank, nearest(unit, unit, NEAREST)):
-        tokens[token][name] = [*found, [(ids[i], cosine) for i, cosine in near]]
-
-
-def _contexts(own, start, count, position, code, places, each: int, seed: int) -> list[dict[str, list]]:
-    """For each feature {kind: [(row, column, columns, codes)]}: all the feature's codes in the row of each context."""
-    row, column = places[position].T
-    rank = np.empty(len(code), np.int64)
-    rank[np.lexsort((-code, own))] = np.arange(len(code)) - np.repeat(start, count)
-    keys = dict(top=rank, middle=abs(2 * rank - (count[own] - 1)),
-                random=np.random.default_rng(seed).permutation(len(code)))
-    pair = own * (int(row.max()) + 1) + row  # ascends, as the firings of a feature are in reading order
-    columns, codes, found = column.tolist(), short(code).tolist(), []
-    for key in keys.values():
-        chosen = leading(own, key, each, once=row)
-        spans = zip(row[chosen].tolist(), column[chosen].tolist(), np.searchsorted(pair, pair[chosen]).tolist(),
-                    np.searchsorted(pair, pair[chosen], side="right").tolist())
-        shown = [(row, at, columns[a:b], codes[a:b]) for row, at, a, b in spans]
-        ends = np.searchsorted(own[chosen], np.arange(len(start) + 1)).tolist()
-        found.append([shown[a:b] for a, b in pairwise(ends)])
-    return [dict(zip(keys, kinds)) for kinds in zip(*found)]
-
-
-def script_json(value: object) -> str:
-    """JSON that can stand inside a <script>: no "<", so neither `</script>` nor `<!--`; ASCII, so no U+2028; no NaN."""
-    return json.dumps(value, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
-
-
-def data(material: Material, pages: list[Pages], title: str, about: dict[str, str], meanings: dict[str, str]) -> Iterator:
-    """Everything that the pages show, as pairs (key, value) of what is loaded at once."""
-    seen = set(material.t.tolist())
-    if not pages or any(set(page.tokens) != seen for page in pages):
-        raise ValueError("nothing to show, or pages that were gathered on another text: gather all of them on this one")
-    kinds = [{name: _kind(column) for name, column in page.scores.items() if name != "feature"} for page in pages]
-    yield "about", dict(
-        title=title, about={key: str(value) for key, value in about.items()}, meanings=MEANINGS | meanings, part=PART,
-        positions=len(material.t), saes=[dict(name=page.name, n=page.n, live=len(page.scores), columns=kind)
-                                     for page, kind in zip(pages, kinds)])
-    counts = np.bincount(material.t.cpu().numpy(), minlength=len(material.strings)).tolist()
-    yield "strings", dict(strings=material.strings, counts=counts)
-    for first in range(0, len(material.rows), PART["rows"]):
-        yield f"x{first // PART['rows']}", material.rows[first:first + PART["rows"]].tolist()
-    for i, page in enumerate(pages):
-        level = np.array([found["histogram"] for found in page.features])
-        shape = np.ceil(9 * level / level.max(axis=1, keepdims=True)).astype(int)  # a digit a bin, 1 where there is any
-        yield f"s{i}", dict(
-            feature=page.scores["feature"].tolist(), shape=["".join(map(str, row)) for row in shape.tolist()],
-            columns={column: _column(page.scores[column], kind) for column, kind in kinds[i].items()},
-            **{name: [[token for token, _ in found.get(name, [])] for found in page.features]
-               for name in ("tokens", "promoted")})
-        near = [[[(int(other.scores["feature"].iat[j]), cosine) for j, cosine in row]
-                 for row in nearest(page.directions, other.directions, NEAREST)] for other in pages]
-        every = [found | dict(near=row) for found, *row in zip(page.features, *near)]
-        for first in range(0, len(every), PART["features"]):
-            yield f"s{i}f{first // PART['features']}", every[first:first + PART["features"]]
-    tokens = {token: dict(saes=[page.tokens[token] for page in pages]) for token in pages[0].tokens}
-    if material.unigrams is not None:
-        _describe_rows(tokens, material.unigrams.float(), "unigram")
-    for first in range(0, len(material.strings), PART["tokens"]):
-        part = {token: tokens[token] for token in range(first, first + PART["tokens"]) if token in tokens}
-        if part:
-            yield f"t{first // PART['tokens']}", part
-
-
-def _kind(column: pd.Series) -> str:
-    if column.name.endswith("_token"):
-        return "token"
-    return "number" if pd.api.types.is_numeric_dtype(column) else "text"
-
-
-def _column(column: pd.Series, kind: str) -> list:
-    if kind == "text":
-        return ["" if missing else str(value) for value, missing in zip(column, column.isna())]
-    values = short(column.to_numpy(np.float64, na_value=np.nan))
-    return [value if np.isfinite(value) else None for value in values.tolist()]
-
-
-def _page(title: str, policy: str, head: str, scripts: str) -> str:
-    page = Template((Path(__file__).parent / "browser.html").read_text(encoding="utf-8"))
-    return page.substitute(title=html.escape(title), policy=policy, generator=GENERATOR, head=head, scripts=scripts)
-
-
-def write(folder: str | Path, material: Material, pages: list[Pages], title: str = "Features",
-          about: dict[str, str] | None = None, meanings: dict[str, str] | None = None) -> Path:
-    """Write the browser as a folder, whole or not at all; returns its index.html. An older browser there is replaced.
-
-    `about`: facts that the pages state (model, layer, text); `meanings`: what a score is, by the name of its column.
-    """
-    folder = Path(folder)
-    if folder.exists() and not _replaceable(folder):
-        raise ValueError(f"{folder} is there and is no feature browser: name another folder, or move this one away")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    new = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
-    try:
-        (new / "data").mkdir()
-        for name in ("browser.css", "browser.js"):
-            shutil.copyfile(Path(__file__).parent / name, new / name)
-        for key, value in data(material, pages, title, about or {}, meanings or {}):
-            (new / "data" / f"{key}.js").write_text(f'tsae("{key}",{script_json(value)})\n', encoding="ascii")
-        policy = ("default-src 'none'; script-src 'self' file:; style-src 'self' file:; base-uri 'none'; "
-                  "form-action 'none'")
-        (new / "index.html").write_text(_page(title, policy, '<link rel="stylesheet" href="browser.css">',
-                                              '<script src="browser.js"></script>'), encoding="utf-8")
-        os.chmod(new, 0o755)  # mkdtemp makes folders that only their owner can read
-        old = new.with_name(f"{new.name}-old")
-        if folder.exists():
-            os.replace(folder, old)  # a folder cannot be renamed onto a full one
-        try:
-            os.replace(new, folder)
-        except OSError:
-            os.replace(old, folder)
-            raise
-        shutil.rmtree(old, ignore_errors=True)
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
-    return folder / "index.html"
-
-
-def _replaceable(folder: Path) -> bool:
-    if not folder.is_dir() or folder.is_symlink():
-        return False
-    index = folder / "index.html"
-    ours = index.is_file() and GENERATOR in index.read_text(encoding="utf-8", errors="replace")
-    return ours or not any(folder.iterdir())
-
-
-def write_one(path: str | Path, material: Material, pages: list[Pages], title: str = "Features",
-              about: dict[str, str] | None = None, meanings: dict[str, str] | None = None) -> Path:
-    """The same pages in one file; it is read whole, so rather for thousands of features than for tens of thousands."""
-    style, code = ((Path(__file__).parent / name).read_text(encoding="utf-8") for name in ("browser.css", "browser.js"))
-    allowed = [base64.b64encode(hashlib.sha256(part.encode()).digest()).decode() for part in (code, style)]
-    policy = "default-src 'none'; script-src 'sha256-{}'; style-src 'sha256-{}'; form-action 'none'".format(*allowed)
-    blocks = [f'<script type="application/json" id="data-{key}">{script_json(value)}</script>'
-              for key, value in data(material, pages, title, about or {}, meanings or {})]
-    return store.write_text(path, _page(title, policy, f"<style>{style}</style>",
-                                        "\n".join([*blocks, f"<script>{code}</script>"])))
+    for token, size, place, near in zip(ids, short(norm).tolist(), rank,
+                                        matches(unit, unit, NEAREST)):
+        tokens[token][name] = [size, place, [(ids[i], cosine) for i, cosine in near]]

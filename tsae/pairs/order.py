@@ -10,6 +10,7 @@ from concurrent.futures import Future
 import torch
 
 from tsae.pairs.extract import NO_POSITION, Pair, activations
+from tsae.pairs.shards import Memory, Store
 
 
 def permuted(i: torch.Tensor, n: int, seed: int, epoch: int) -> torch.Tensor:

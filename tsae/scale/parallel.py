@@ -15,8 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from tsae.scale import checkpoints
 from tsae.kernels import largest
+from tsae.scale import checkpoints
 
 BUCKET = 16 << 20  # gradients sent at once, in entries: few messages, and no second copy of all of them
 MEET = timedelta(minutes=5)  # that all ranks are started within so long is taken for granted

@@ -8,8 +8,8 @@ from torch import nn
 from torch.nn.functional import mse_loss, pad
 
 from tsae.kernels import Support, kth_largest, select_top, sum_rows
-from tsae.scale.parallel import any_rank, gathered, main, rank, together, world
 from tsae.sae import SAE, KthLargest
+from tsae.scale.parallel import any_rank, gathered, main, rank, together, world
 
 
 class Sharded(SAE):

@@ -4,7 +4,6 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-
 VIEWS = ("overall", "within frequency bins", "at equal L0", "at equal nmse")
 
 

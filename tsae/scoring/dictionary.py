@@ -6,8 +6,8 @@ import torch
 from scipy.sparse import csc_array
 from torch.nn.functional import normalize
 
-from tsae.sae import SAE
 from tsae.codes import firings
+from tsae.sae import SAE
 from tsae.scoring.heldout import Text
 
 

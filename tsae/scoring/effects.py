@@ -7,8 +7,8 @@ from scipy.sparse import csc_array
 from torch.nn.functional import cosine_similarity
 from tqdm import tqdm
 
-from tsae.sae import SAE
 from tsae.codes import evenly, firings
+from tsae.sae import SAE
 from tsae.scoring.heldout import Text
 
 

@@ -12,7 +12,6 @@ from tsae.scoring.ladder import ladder
 from tsae.scoring.rules import explained
 from tsae.scoring.tokens import WEIGHTS, token_statistics
 
-
 FIRST = ["feature", "explanation", "complexity_1", "complexity_3", "tokens_firing", "told_firing", "detection", "fuzzing",
          "firings", "frequency", "peak_code"]  # of the columns of `scored`, the ones to look at first
 MEANINGS = {  # what each column of `scored` (and of quality.dictionary) says, in a few words

@@ -4,9 +4,8 @@ import numpy as np
 import pandas as pd
 from scipy.sparse import csc_array, csr_array
 
-from tsae.codes import by_strength, first_of_each, firings, ordered_within
+from tsae.codes import by_strength, firings, first_of_each, ordered_within
 from tsae.scoring.heldout import Text
-
 
 WEIGHTS = dict(peak="its strongest firings", drawn="as many firings drawn evenly", firing="all its firings",
                mass="its firings weighted by their codes")

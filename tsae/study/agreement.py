@@ -6,7 +6,6 @@ import numpy as np
 import pandas as pd
 from scipy import optimize, stats
 
-
 SCALES = {"interpretability": {"1-4": "no pattern", "5-7": "a noisy pattern", "8-10": "a clear pattern"},
           "complexity": {"1-3": "unigrams", "4-6": "simple patterns", "7-10": "complex semantics"}}
 PAPER = {"interpretability": {"RES-JB": 7.7, "tokenized": 7.2, "baseline": 6.8},  # Table 1, means of ten features

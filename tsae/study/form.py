@@ -18,7 +18,6 @@ import pandas as pd
 
 from tsae.study.agreement import KEY, SCALES
 
-
 COLUMNS = ["step", *KEY, "shown", *SCALES]  # a line of a scorer's csv; `shown` is a digest of the text that was shown
 HEADER = (",".join(COLUMNS) + "\n").encode()
 
