@@ -31,7 +31,7 @@ os.environ["TQDM_DISABLE"] = "1"  # before tqdm is imported: progress bars are n
 import pandas as pd
 import torch
 
-from tsae import plots, readme, store
+from tsae import picture, plots, readme, store
 
 PEERS = store.CACHE / "peers"
 SCRIPT = Path(__file__).with_name("peers.py")
@@ -240,7 +240,7 @@ def extraction(options: argparse.Namespace) -> pd.DataFrame:
         bare, lm = truncated(network, layer), LM(network, tokenizer, name)
         tokens = torch.randint(lm.vocabulary, options.rows)
         samples = alternate({"bare": lambda tokens=tokens, bare=bare: bare(input_ids=tokens, use_cache=False),
-                             "tsae": lambda tokens=tokens, at=lm.at(layer): at(tokens)}, options.rounds)
+                             "tsae": lambda tokens=tokens, read=lm.layer(layer).residuals: read(tokens)}, options.rounds)
         rows = [dict(model=name, layer=layer, contender=label, rows=options.rows[0], context=options.rows[1],
                      rounds=options.rounds, **spread(seconds)) for label, seconds in samples.items()]
         tables.append(ratios(rows, to_bare="bare"))
@@ -249,7 +249,7 @@ def extraction(options: argparse.Namespace) -> pd.DataFrame:
 
 def synthetic_store(folder: Path, positions: int, d: int, vocabulary: int, context: int = 128):
     """A store of noise, made by the code that users run."""
-    from tsae.activations import Store
+    from tsae.pairs.shards import Store
     rows = torch.randint(vocabulary, (-(-positions // (context - 1)), context), dtype=torch.int32)
     noise = torch.randn(64, context, d)
 
@@ -261,7 +261,8 @@ def synthetic_store(folder: Path, positions: int, d: int, vocabulary: int, conte
 
 def storing(options: argparse.Namespace) -> pd.DataFrame:
     """GB/s into and out of the activation store, beside one plain file: written with fsync, read in random batches."""
-    from tsae.activations import Shuffled, Store
+    from tsae.pairs.order import Shuffled
+    from tsae.pairs.shards import Store
     positions, d, folder = options.positions, options.size.get("d", 768), store.CACHE / "bench-store"
     plain, block = folder.with_suffix(".plain"), torch.randn(65536, d).bfloat16().view(torch.uint8).numpy()
 
@@ -297,12 +298,15 @@ def storing(options: argparse.Namespace) -> pd.DataFrame:
     return table.assign(gb_per_second=positions * d * 2 / 1e9 / table["seconds"])
 
 
-def train_sweep(folder: Path, held, jobs: list[dict], vocabulary: int) -> None:
+def train_sweep(folder: Path, pairs, jobs: list[dict], vocabulary: int) -> None:
     """The one place here that knows how a sweep over a store is trained."""
-    from tsae import activations, train
-    data = train.Data(lambda seed: activations.Shuffled(held, 2048, seed), held.statistics(vocabulary),
-                      torch.zeros(vocabulary, held.d_model), dict(batch=2048))
-    train.sweep(folder, data, jobs, memory_gb=1.0)
+    from tsae.pairs.order import Shuffled
+    from tsae.pairs.prepare import Data
+    from tsae.scale import sweep as sweeps
+    data = Data(lambda seed: Shuffled(pairs, 2048, seed), pairs.statistics(vocabulary),
+                torch.zeros(vocabulary, pairs.d_model), dict(batch=2048))
+    sweeps.keep_memory()
+    sweeps.sweep(folder, data, jobs, memory_gb=1.0)
 
 
 def sweep(options: argparse.Namespace) -> pd.DataFrame:
@@ -314,7 +318,7 @@ def sweep(options: argparse.Namespace) -> pd.DataFrame:
     if options.child:
         jobs = [dict(activation="topk", n=n, k=k, lookup=lookup, seed=0, tokens=options.tokens)
                 for lookup in ("none", "learned") for k in (8, 16, 32, 64, 128)]
-        from tsae.activations import Store
+        from tsae.pairs.shards import Store
         started = time.perf_counter()
         train_sweep(place / "runs", Store.open(place / "store"), jobs, options.vocabulary)
         status = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
@@ -395,7 +399,7 @@ def main(arguments: list[str] | None = None) -> None:
             print(table[shown].to_string(index=False, na_rep="", float_format="{:.3g}".format), flush=True)
             record(options.out, f"bench_{part}", table, **about, peers=options.peers, full=options.full)
             if part == "step" and options.full and options.out == store.DATA / "results":
-                plots.write_picture(plots.cost(table), store.ROOT / "figures" / "cost.png")
+                picture.write_picture(plots.cost(table), store.ROOT / "figures" / "cost.png")
     if options.out == store.DATA / "results" and not options.child:
         readme.tie()
 

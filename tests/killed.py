@@ -12,6 +12,7 @@ from tsae import train
 from tsae.pairs.order import Shuffled
 from tsae.pairs.shards import Memory
 from tsae.sae import SAE
+from tsae.scale import passes
 
 D, N, V, STEPS, BATCH = 32, 64, 50, 40, 64
 
@@ -28,7 +29,7 @@ def main(folder: Path) -> None:
     runs = [train.Run(SAE(D, N, activation, 4, V, lookup).start(torch.zeros(D), seed=seed), STEPS * BATCH, lr=1e-2,
                       sparsity=0.1, dead_after_tokens=500, log_every_tokens=BATCH)
             for seed, (activation, lookup) in enumerate((("topk", "learned"), ("batchtopk", "none"), ("gated", "learned")))]
-    histories = train.fit_all(runs, Told(Memory(x, t), BATCH, seed=3), quick=True, folder=folder / "unfinished",
+    histories = passes.fit_all(runs, Told(Memory(x, t), BATCH, seed=3), quick=True, folder=folder / "unfinished",
                               checkpoint_every_s=0)
     for i, (run, history) in enumerate(zip(runs, histories)):
         run.sae.save(folder / str(i))

@@ -86,6 +86,8 @@ def tsae(case, source):
     features are those above a bias (jumprelu: a threshold) that is the same for all.
     """
     from tsae import sae, train
+    from tsae.scale.sweep import keep_memory
+    keep_memory()
     rows, off = case["vocabulary"], int(case["dead"] * case["n"])
     model = sae.SAE(case["d"], case["n"], case["kind"], case["k"], rows, "learned" if rows else "none")
     model.start(torch.zeros(case["d"]), torch.zeros(rows, case["d"]) if rows else None, seed=0).to(case["device"])

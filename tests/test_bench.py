@@ -138,7 +138,7 @@ def test_truncated_ends_where_residuals_are_read(tiny):
     with torch.no_grad():
         base(input_ids=tokens, use_cache=False)
     x = seen[0] - seen[0].mean(-1, keepdim=True) if tiny.centred else seen[0]
-    assert torch.allclose(tiny.at(2)(tokens), x, atol=1e-5)
+    assert torch.allclose(tiny.layer(2).residuals(tokens), x, atol=1e-5)
 
 
 def test_a_table_lands_beside_its_line_of_the_manifest(tmp_path, monkeypatch, capsys):

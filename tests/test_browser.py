@@ -13,7 +13,9 @@ import pandas as pd
 import pytest
 import torch
 
-from tsae import browser, features
+from tsae import features
+from tsae.browser import gather as shows
+from tsae.browser import pages as browser
 from tsae.sae import SAE
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -34,14 +36,14 @@ def an_sae(activation: str, lookup: str, seed: int = 0, n: int = 40) -> SAE:
     return sae.eval()
 
 
-def a_text() -> browser.Text:
+def a_text() -> browser.Material:
     generator = torch.Generator().manual_seed(1)
     rows = torch.randint(1, len(WORDS), (12, 20), generator=generator, dtype=torch.int32)
     rows[:, 0] = 0
     keep = rows != 0
     x, unigrams, unembedding = (torch.randn(size, 8, generator=generator) * 3
                                 for size in (int(keep.sum()), len(WORDS), len(WORDS)))
-    return browser.Text(x, rows[keep], rows, features.where(keep), WORDS, unigrams, unembedding)
+    return browser.Material(x, rows[keep], rows, features.where(keep), WORDS, unigrams, unembedding)
 
 
 @pytest.fixture(params=[("topk", "none"), ("topk", "learned"), ("relu", "learned"), ("gated", "none"),
@@ -62,7 +64,7 @@ def test_histograms_count_the_firings(shown):
     assert pages.scores["feature"].tolist() == live(codes).tolist() and len(pages.features) == len(live(codes)) <= 37
     for feature, found in zip(live(codes), pages.features):
         fired = codes[:, feature][codes[:, feature] > 0]
-        assert found["histogram"] == np.histogram(fired, browser.BINS, (0, fired.max()))[0].tolist()
+        assert found["histogram"] == np.histogram(fired, shows.BINS, (0, fired.max()))[0].tolist()
         assert sum(found["histogram"]) == len(fired) and found["peak"] == pytest.approx(fired.max(), rel=1e-3)
     assert pages.scores["frequency"].to_numpy() == pytest.approx((codes > 0).mean(0)[live(codes)])
     assert pages.scores["peak_code"].to_numpy() == pytest.approx(codes.max(0)[live(codes)])
@@ -100,7 +102,7 @@ def test_tokens_of_features_and_features_of_tokens(shown):
     t = text.t.numpy()
     for feature, found in zip(live(codes), pages.features):
         mass = np.bincount(t, codes[:, feature], len(WORDS))
-        expected = np.sort(mass)[::-1][:min(browser.LISTED, (mass > 0).sum())] / mass.sum()
+        expected = np.sort(mass)[::-1][:min(shows.LISTED, (mass > 0).sum())] / mass.sum()
         assert [share for _, share in found["tokens"]] == pytest.approx(expected, rel=1e-3)
         assert all(share == pytest.approx(mass[token] / mass.sum(), rel=1e-3) for token, share in found["tokens"])
     assert set(pages.tokens) == set(t.tolist())
@@ -109,7 +111,7 @@ def test_tokens_of_features_and_features_of_tokens(shown):
         assert found["l0"] == pytest.approx((there > 0).sum(1).mean(), rel=1e-3)
         order = np.sort(there.sum(0))[::-1]
         assert [share * code * len(there) for _, share, code in found["features"]] == pytest.approx(
-            order[order > 0][:browser.LISTED], rel=3e-3)
+            order[order > 0][:shows.LISTED], rel=3e-3)
         for feature, share, code in found["features"]:
             fired = there[:, feature] > 0
             assert (share, code) == pytest.approx((fired.mean(), there[fired, feature].mean()), rel=1e-3)
@@ -131,9 +133,9 @@ def test_nearest_and_promoted_by_brute_force(shown):
             assert [token for token, _ in found[name]] == np.argsort(-table[i])[:top].tolist()
             assert [abs(value) for _, value in found[name]] == pytest.approx(np.abs(np.sort(-table[i])[:top]), rel=1e-3)
         assert ("rows" in found) == (sae.lookup != "none")
-    held = dict(browser.data(text, [pages, pages], "t", {}, {}))
+    written = dict(browser.data(text, [pages, pages], "t", {}, {}))
     near = np.where(np.eye(len(W), dtype=bool), -9, cosines(W, W))
-    for i, found in enumerate(held["s0f0"]):
+    for i, found in enumerate(written["s0f0"]):
         assert [feature for feature, _ in found["near"][0]] == live(codes)[np.argsort(-near[i])[:6]].tolist()
     if sae.lookup != "none":
         ids = sorted(pages.tokens)
@@ -148,8 +150,8 @@ def test_nearest_and_promoted_by_brute_force(shown):
 
 def test_short_keeps_four_digits():
     values = np.array([0, 1, -2.34567, 123456.7, 1.23456e-7, np.inf])
-    assert browser.short(values).tolist() == [0, 1, -2.346, 123457, 1.235e-7, np.inf]
-    assert np.isnan(browser.short(np.nan))
+    assert shows.short(values).tolist() == [0, 1, -2.346, 123457, 1.235e-7, np.inf]
+    assert np.isnan(shows.short(np.nan))
 
 
 def test_scores_of_any_kind():
@@ -159,13 +161,13 @@ def test_scores_of_any_kind():
     pages = browser.gather(sae, "it", text, scores)
     assert list(pages.scores) == ["feature", "frequency", "peak_code", "mean_code", "purity", "modal_token", "kind",
                                   "whole"]
-    held = dict(browser.data(text, [pages], "t", {}, {}))
-    assert held["about"]["saes"][0]["columns"] == dict.fromkeys(list(pages.scores)[1:], "number") | dict(
+    written = dict(browser.data(text, [pages], "t", {}, {}))
+    assert written["about"]["saes"][0]["columns"] == dict.fromkeys(list(pages.scores)[1:], "number") | dict(
         modal_token="token", kind="text")
-    columns, at = held["s0"]["columns"], held["s0"]["feature"].index(5)
-    assert 999 not in held["s0"]["feature"]
-    assert [columns[name][at] for name in ("purity", "modal_token", "kind", "frequency")] == [0.5, 3, "a<b", 9.0]
-    assert columns["purity"][at + 1] is None and columns["kind"][at + 1] == "" and columns["purity"][0] is None
+    columns, row = written["s0"]["columns"], written["s0"]["feature"].index(5)
+    assert 999 not in written["s0"]["feature"]
+    assert [columns[name][row] for name in ("purity", "modal_token", "kind", "frequency")] == [0.5, 3, "a<b", 9.0]
+    assert columns["purity"][row + 1] is None and columns["kind"][row + 1] == "" and columns["purity"][0] is None
     with pytest.raises(ValueError, match='column "feature"'):
         browser.gather(sae, "it", text, scores.drop(columns="feature"))
     with pytest.raises(ValueError, match="names every feature once"):
@@ -182,7 +184,7 @@ def test_what_does_not_belong_together_is_refused():
                              (dict(unigrams=text.unigrams[1:]), f"unigrams has {len(WORDS) - 1} rows"),
                              (dict(strings=[*WORDS, "more"]), f"strings for {len(WORDS) + 1} tokens")):
         with pytest.raises(ValueError, match=sentence):
-            browser.Text(**parts | change)
+            browser.Material(**parts | change)
     with pytest.raises(ValueError, match="the table of 'another' has"):
         browser.gather(SAE(8, 4, k=2, vocabulary=3, lookup="learned"), "another", text)
     with torch.no_grad():
@@ -513,7 +515,7 @@ def test_twelve_thousand_features(chromium, tmp_path):
     text = a_text()
     text.strings = WORDS + [f" {i:x}" for i in range(50257 - len(WORDS))]
     contexts = {kind: [(i, 3, [3, 5], [2.5, 1.25]) for i in range(8)] for kind in ("top", "middle", "random")}
-    shown = [dict(peak=2.5, histogram=random.integers(1, 90, browser.BINS).tolist(), contexts=contexts,
+    shown = [dict(peak=2.5, histogram=random.integers(1, 90, shows.BINS).tolist(), contexts=contexts,
                   tokens=[(token, 0.1) for token in tokens[:8]], promoted=[(token, 1.0) for token in tokens[8:]])
              for tokens in random.integers(len(text.strings), size=(n, 16)).tolist()]
     scores = pd.DataFrame(random.lognormal(size=(n, 8)), columns=[f"score_{i}" for i in range(8)])

@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tsae import checkpoints, store
+from tsae import store
+from tsae.scale import checkpoints
 
 KILLS = int(os.environ.get("TSAE_KILLS", 4))  # 50 were seen to pass in a row; see the README
 STATE = {"a": torch.arange(6.0), "deep": {"b": torch.tensor(2), "name": "x", "list": [1, 2.5], "empty": {}}, "seen": 7}

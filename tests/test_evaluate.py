@@ -129,7 +129,7 @@ def test_table_drift_of_known_changes():
 @pytest.fixture
 def model(tiny_gpt2):
     rows = torch.randint(1, 257, (6, 12), generator=torch.Generator().manual_seed(0))
-    x = tiny_gpt2.at(2)(rows)[:, 1:].flatten(0, 1)
+    x = tiny_gpt2.layer(2).residuals(rows)[:, 1:].flatten(0, 1)
     return tiny_gpt2, rows, x.mean(0), evaluate.ablations(tiny_gpt2.tail(rows, 2), x.mean(0))
 
 

@@ -58,6 +58,10 @@ def naive_transpose_product(index, values, x, n):
     return out
 
 
+def transposed(index, values, x, n):
+    return gpu.transpose_product(index, values, x, n, index.flatten().argsort(stable=True))
+
+
 def naive_products(x, W, index):
     x, W = x.tolist(), W.tolist()
     return [[sum(p * q for p, q in zip(x[b], W[i])) for i in row] for b, row in enumerate(index.tolist())]
@@ -70,7 +74,7 @@ def test_kernels_are_the_loops(b, n, k, d, of_values, of_rows, tolerance):
     values, index, W, x = case(b, n, k, d, (of_values, of_rows))
     wider = torch.promote_types(of_values, of_rows)
     for which in (index, index.int()):
-        decoded, gradient = gpu.sum_rows(values, which, W), gpu.transpose_product(which, values, x, n)
+        decoded, gradient = gpu.sum_rows(values, which, W), transposed(which, values, x, n)
         assert decoded.dtype == gradient.dtype == wider
         assert same(decoded, naive_sum_rows(values, index, W), tolerance)
         assert same(gradient, naive_transpose_product(index, values, x, n), tolerance)
@@ -86,7 +90,7 @@ def test_lent_tensors_may_be_views():
     assert not any(view.is_contiguous() for view in views)
     values, index, W, x = views
     assert same(gpu.sum_rows(values, index, W), naive_sum_rows(values, index, W))
-    assert same(gpu.transpose_product(index, values, x, 20), naive_transpose_product(index, values, x, 20))
+    assert same(transposed(index, values, x, 20), naive_transpose_product(index, values, x, 20))
     assert same(gpu.sampled_products(x, W, index), naive_products(x, W, index))
 
 
@@ -99,12 +103,10 @@ def test_features_that_fire_often_are_cut_up(counts):
     index = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
     index = index[torch.randperm(len(index), generator=torch.Generator().manual_seed(0))].unsqueeze(1).to(DEVICE)
     values, _, _, x = case(len(index), 1, 1, 20)
-    found = gpu.transpose_product(index, values, x, len(counts))
+    found = transposed(index, values, x, len(counts))
     assert same(found, naive_transpose_product(index, values, x, len(counts)))
     assert (found.abs().sum(1) > 0).tolist() == [count > 0 for count in counts]
-    assert torch.equal(found, gpu.transpose_product(index, values, x, len(counts))), "the same bits"
-    order = index.flatten().argsort(stable=True)
-    assert torch.equal(found, gpu.transpose_product(index, values, x, len(counts), order))
+    assert torch.equal(found, transposed(index, values, x, len(counts))), "the same bits"
 
 
 @needs_kernels
@@ -112,7 +114,7 @@ def test_nothing_in_nothing_out():
     values, index, W, x = case(3, 5, 2, 4)
     assert gpu.sum_rows(values[:0], index[:0], W).shape == (0, 4)
     assert gpu.sampled_products(x[:0], W, index[:0]).shape == (0, 2)
-    assert torch.equal(gpu.transpose_product(index[:0], values[:0], x[:0], 5).cpu(), torch.zeros(5, 4))
+    assert torch.equal(transposed(index[:0], values[:0], x[:0], 5).cpu(), torch.zeros(5, 4))
     assert torch.equal(gpu.sum_rows(values[:, :0], index[:, :0], W).cpu(), torch.zeros(3, 4))
     assert gpu.sampled_products(x, W, index[:, :0]).shape == (3, 0)
     assert [part.shape for part in gpu.select_top(x[:0], W, W[:, 0], 2)] == [(0, 2), (0, 2)]

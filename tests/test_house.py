@@ -1,4 +1,4 @@
-"""The house rules that a machine can keep: imports go down, notebooks are clean, presets and figures are real."""
+"""The house rules that a machine can keep: imports go down, functions are short, notebooks are clean, figures real."""
 
 import ast
 import sys
@@ -11,46 +11,97 @@ import yaml
 from tsae import __main__ as command
 from tsae import readme, store
 
-FLOORS = {"gpu": -2, "kernels": -1, "store": 0, "sae": 0, "lm": 0, "blind": 0, "parallel": 1, "sharded": 1, "judge": 1,
-          "browser": 1, "scores": 1, "quality": 1, "heldout": 1, "checkpoints": 1,
-          "activations": 1, "text": 1, "train": 1, "evaluate": 1, "features": 1, "plots": 1, "interop": 1, "readme": 1,
-          "__main__": 2, "scaleout": 2}
+PACKAGE = Path(command.__file__).parent
+# Rooms with their floors, from the bottom up. A file may import files on lower floors of its room and those of lower
+# rooms: never one beside it, in the room or in another of the same height.
+ROOMS = {"": 0, "pairs": 1, "scale": 2, "scoring": 2, "browser": 3, "study": 3}
+FLOORS = {
+    "": ("store gpu", "kernels text picture", "sae lm", "codes evaluate baseline", "features plots train interop readme",
+         "__main__"),
+    "pairs": ("extract", "shards", "order", "prepare"),
+    "scale": ("checkpoints", "parallel", "sharded passes", "sweep", "__main__"),
+    "scoring": ("heldout", "ladder tokens rules effects dictionary compare judge", "table scores"),
+    "browser": ("gather", "pages"),
+    "study": ("agreement", "form"),
+}
+PLACES = {f"{room}.{name}".lstrip("."): (ROOMS[room], room, floor)
+          for room, floors in FLOORS.items() for floor, names in enumerate(floors) for name in names.split()}
 NOTEBOOKS = sorted((store.ROOT / "notebooks").glob("*.ipynb"))
 PRESETS = sorted((store.ROOT / "notebooks" / "presets").glob("*.yaml"))
 RESULTS = store.DATA / "results"
 
 
-def imports(module: str) -> set[str]:
-    """Every absolute module that a file of the package imports, `tsae.x` written out."""
-    tree = ast.parse((Path(command.__file__).parent / f"{module}.py").read_text())
+def imported(source: str) -> set[str]:
+    """Every module that a source file imports, anywhere in it; the package's own as `tsae.room.file`."""
     found = set()
-    for node in ast.walk(tree):
+    for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            found |= {f"{node.module}.{alias.name}" for alias in node.names} if node.module == "tsae" else {node.module}
+            assert not node.level, "imports are absolute"
+            found |= {f"{node.module}.{alias.name}" if f"{node.module}.{alias.name}".removeprefix("tsae.") in PLACES
+                      else node.module for alias in node.names}
     return found
 
 
-def test_every_module_has_a_floor():
-    assert {path.stem for path in Path(command.__file__).parent.glob("*.py")} - {"__init__"} == set(FLOORS)
+def climbing(sources: dict[str, str]) -> list[str]:
+    """The imports, "a imports b", that do not go strictly down, in files {place: source}."""
+    wrong = []
+    for module, source in sources.items():
+        height, room, floor = PLACES[module]
+        for name in sorted(imported(source)):
+            if name.partition(".")[0] != "tsae":
+                continue
+            below = PLACES.get(name.removeprefix("tsae."))
+            inside = below is not None and below[1] == room and below[2] < floor
+            if not inside and (below is None or below[0] >= height):
+                wrong.append(f"{module} imports {name}")
+    return wrong
 
 
-@pytest.mark.parametrize("module", FLOORS)
-def test_imports_only_go_down(module):
-    for name in imports(module):
-        if name.startswith("tsae."):
-            below = name.split(".")[1]
-            assert FLOORS[below] < FLOORS[module] or FLOORS[below] == FLOORS[module] == 1, f"{module} imports {below}"
-    assert ("nnsight" in imports(module)) == (module == "lm"), "one file knows nnsight"
+def sources() -> dict[str, str]:
+    files = {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for path in PACKAGE.rglob("*.py")}
+    return {name: path.read_text() for name, path in files.items() if not name.endswith("__init__")}
+
+
+def test_every_file_has_a_place_and_imports_only_go_down():
+    assert set(sources()) == set(PLACES)
+    assert not climbing(sources())
+
+
+@pytest.mark.parametrize("module, line, said", [
+    ("evaluate", "from tsae import baseline", "evaluate imports tsae.baseline"),  # beside it
+    ("scale.passes", "from tsae.scale.sharded import Sharded", "scale.passes imports tsae.scale.sharded"),
+    ("scoring.rules", "from tsae.scale import sweep", "scoring.rules imports tsae.scale.sweep"),  # a room of its height
+    ("lm", "import tsae.train", "lm imports tsae.train"),  # up
+    ("store", "def f():\n    from tsae.study import form", "store imports tsae.study.form"),  # hidden in a function
+    ("sae", "import tsae", "sae imports tsae")])
+def test_a_planted_import_is_found(module, line, said):
+    assert climbing(sources() | {module: f"{sources()[module]}\n{line}\n"}) == [said]
+
+
+def test_a_planted_circle_is_found():
+    planted = {"codes": "from tsae import baseline", "baseline": "from tsae.evaluate import nmse", "evaluate": "import tsae.codes"}
+    assert climbing(planted) == ["codes imports tsae.baseline", "baseline imports tsae.evaluate", "evaluate imports tsae.codes"]
+
+
+def test_one_file_knows_nnsight():
+    assert [module for module, source in sources().items() if "nnsight" in imported(source)] == ["lm"]
 
 
 def test_the_model_and_its_kernels_stand_alone():
     """Three files that anyone can copy and leave with."""
-    own, libraries = {"tsae.kernels", "tsae.gpu"}, {"torch", "safetensors", "numpy", "triton"}
     for module in ("sae", "kernels", "gpu"):
-        outside = {name for name in imports(module) if ".".join(name.split(".")[:2]) not in own}
-        assert {name.split(".")[0] for name in outside} <= libraries | set(sys.stdlib_module_names)
+        outside = {name.split(".")[0] for name in imported(sources()[module]) - {"tsae.kernels", "tsae.gpu"}}
+        assert outside <= {"torch", "safetensors", "numpy", "triton"} | set(sys.stdlib_module_names)
+
+
+def test_lines_and_functions_are_short():
+    for module, source in sources().items():
+        assert max(map(len, source.splitlines())) <= 100, module
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.FunctionDef):
+                assert node.end_lineno - node.lineno < 60, f"{module}: {node.name}"
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)

@@ -13,7 +13,7 @@ import torch
 from conftest import byte_tokenizer
 from scipy.sparse import csc_array
 
-from tsae import heldout, judge, scores
+from tsae.scoring import heldout, judge, scores
 
 
 @pytest.fixture
@@ -42,7 +42,9 @@ def endpoint():
     thread = threading.Thread(target=server.serve_forever, kwargs=dict(poll_interval=0.01))
     thread.start()
     yield server
-    server.shutdown(), thread.join(), server.server_close()
+    server.shutdown()
+    thread.join()
+    server.server_close()
 
 
 def planted():
@@ -79,8 +81,8 @@ def test_a_judge_explains_and_detects(endpoint):
     assert judge.agreement(found, scores.scored(codes, text)) > 0.8
     for i, (_, _, body) in enumerate(endpoint.seen):  # explained from the fit half, asked about the other
         for excerpt in re.findall(r'"(?:\d+: )?([^"]*<<.>>[^"]*)"', body["messages"][0]["content"]):
-            at = [p for p in range(len(text.t)) if judge.excerpt(text, p) == excerpt]
-            assert any(text.fit[p] == (i % 2 == 0) for p in at)
+            same = [p for p in range(len(text.t)) if judge.excerpt(text, p) == excerpt]
+            assert any(text.fit[p] == (i % 2 == 0) for p in same)
 
 
 def test_excerpts_stay_in_their_row():

@@ -14,35 +14,74 @@ def problem(dtype=torch.float64, b=B, n=N, seed=0):
     return [torch.randn(shape, generator=g, dtype=dtype).requires_grad_() for shape in shapes.values()]
 
 
+KINDS = {"random": lambda v: v, "ties": lambda v: (v * 3).round(), "negative": lambda v: -v.abs(), "zeros": torch.zeros_like,
+         "wide": lambda v: v * torch.exp(20 * v)}
+
+
+def naive_largest(row, k):
+    """The k largest numbers of a list, largest first, with zeros where there are fewer; and their places, later ones of ties."""
+    order = sorted(range(len(row)), key=lambda place: (row[place], place), reverse=True)[:k]
+    return sorted([row[place] for place in order] + [0.0] * (k - len(row)), reverse=True), order
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int16, torch.float64])
 @pytest.mark.parametrize("m, k", [(5, 5), (64, 1), (1024, 8), (1000, 3), (4096, 32), (12288, 32), (12288, 384), (97, 2)])
-@pytest.mark.parametrize("ties", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.int16])
-def test_top_is_the_head_of_a_sort(m, k, ties, dtype):
-    v = torch.randn(19, m, generator=torch.Generator().manual_seed(m))
-    v = ((v * 3).round() if ties else v * 1000).to(dtype)
+def test_top_is_the_head_of_a_sort(m, k, dtype, kind):
+    v = torch.randn(7, m, generator=torch.Generator().manual_seed(m))
+    v = (KINDS[kind](v).clamp(-30, 30) * (1000 if dtype == torch.int16 else 1)).to(dtype)
     chosen = kernels.top(v, k)
-    assert torch.equal(v.gather(1, chosen).sort(-1).values, v.sort(-1).values[:, -k:])
-    assert all(len(set(row.tolist())) == k for row in chosen)
+    for row, places in zip(v.tolist(), chosen.tolist()):
+        assert len(set(places)) == k and sorted((row[place] for place in places), reverse=True) == naive_largest(row, k)[0]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int16])
+def test_of_ties_the_later_places_are_taken(dtype):
+    """In a row that is not cut. Small numbers on both sides of zero, so that most are tied."""
+    v = torch.randint(-3, 4, (9, 60), generator=torch.Generator().manual_seed(0)).to(dtype)
+    for row, places in zip(v.tolist(), kernels.top(v, 11).tolist()):
+        assert sorted(places) == sorted(naive_largest(row, 11)[1])
+
+
+def test_rows_too_long_for_16_bit_places_are_selected_otherwise():
+    v = torch.arange(2**16 + 2, dtype=torch.int32).remainder(2**15).to(torch.int16).unsqueeze(0)
+    chosen = kernels.top(v, 2**13)  # not cut: m <= 16 k
+    assert torch.equal(v[0, chosen[0]].sort().values, v[0].sort().values[-2**13:])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("m, k", [(1, 1), (50, 1), (50, 49), (50, 50), (50, 53), (4096, 300)])
-def test_the_largest_are_the_head_of_a_sort(m, k, dtype):
-    v = torch.randn(m, generator=torch.Generator().manual_seed(m)).abs().to(dtype)
-    v[::7] = 0
-    before, wanted = v.clone(), torch.cat([v, v.new_zeros(3)]).sort(descending=True).values[:k]
-    assert torch.equal(kernels.largest(v, k).sort(descending=True).values, wanted)
+def test_the_largest_are_the_head_of_a_sort(m, k, dtype, kind):
+    """Of rows, and of their values together. bfloat16 below zero is promised to stay below zero, and no more."""
+    v = KINDS[kind](torch.randn(3, m, generator=torch.Generator().manual_seed(m))).to(dtype)
+    before, blind = v.clone(), dtype == torch.bfloat16
+    for given in (v, v.flatten()):
+        found, kth = kernels.largest(given, k), kernels.kth_largest(given, k)
+        assert found.dtype == dtype and found.shape == (*given.shape[:-1], k) and kth.shape == given.shape[:-1]
+        for row, ours, least in zip(given.view(-1, given.shape[-1]), found.view(-1, k), kth.view(-1)):
+            wanted = torch.tensor(naive_largest(row.tolist(), k)[0], dtype=dtype)
+            ours = ours.sort(descending=True).values
+            if blind:
+                wanted, ours, least = wanted.clamp_min(0), ours.clamp_min(0), least.clamp_min(0)
+            assert torch.equal(ours, wanted) and least == wanted[-1]
     assert torch.equal(v, before), "what it was lent is as it was"
 
 
-def test_the_largest_of_bfloat16_are_right_above_zero():
-    v = torch.randn(1000, generator=torch.Generator().manual_seed(0)).bfloat16()
-    assert torch.equal(kernels.largest(v, 300).sort().values, v.sort().values[-300:])
-    assert kernels.largest(v, 800).clamp_min(0).sum() == v.clamp_min(0).sum()
+def test_a_nan_is_the_largest():
+    v = torch.tensor([[1.0, float("nan"), 3.0, 2.0], [1.0, 2.0, 3.0, 4.0]])
+    kth = kernels.kth_largest(v, 2)
+    assert kth[0].isnan() and kth[1] == 3
 
 
 def bound_at(share):
-    return lambda pre: kernels.largest(pre, int(share * len(pre))).min()
+    return lambda pre: kernels.kth_largest(pre, int(share * len(pre)))
+
+
+@pytest.fixture
+def as_pairs(monkeypatch):
+    """No share of active features is too large for pairs."""
+    monkeypatch.setattr(kernels, "FEW", 1)
 
 
 BOUNDS = {"of the batch": bound_at(0.1), "of the batch, below zero": bound_at(0.9), "a scalar": torch.tensor(3.0),
@@ -50,23 +89,26 @@ BOUNDS = {"of the batch": bound_at(0.1), "of the batch, below zero": bound_at(0.
 
 
 @pytest.mark.parametrize("bound", BOUNDS.values(), ids=BOUNDS)
-def test_select_above_is_the_naive_preactivations_that_reach_the_bound(bound):
+def test_select_above_is_the_naive_preactivations_that_reach_the_bound(bound, as_pairs, monkeypatch):
     x, centre, W, bias = (tensor.detach() for tensor in problem())
     pre = torch.stack([torch.stack([(x[b] - centre) @ W[i] + bias[i] for i in range(N)]) for b in range(B)])
     least = (bound(pre.flatten()) if callable(bound) else bound).expand(N).double()
     wanted = [(b, i) for b in range(B) for i in range(N) if pre[b, i] > 0 and pre[b, i] >= least[i] - 1e-9]
     assert 0.02 < len(wanted) / (B * N) < 0.6
-    values, support = kernels.select_above(x, centre, W, bias, bound, few=1)
-    assert list(zip(support.rows.tolist(), support.index.tolist())) == wanted
+    values, support = kernels.select_above(x, centre, W, bias, bound)
+    assert list(zip(support.positions.tolist(), support.index.tolist())) == wanted
     assert torch.allclose(values, torch.stack([pre[pair] for pair in wanted]))
-    every, none = kernels.select_above(x, centre, W, bias, bound, few=0.01)
+    monkeypatch.setattr(kernels, "FEW", 0.01)
+    every, none = kernels.select_above(x, centre, W, bias, bound)
     assert none is None and torch.allclose(every, pre)
 
 
 @pytest.mark.parametrize("few", [0, 1])
-def test_select_above_has_the_derivatives_of_finite_differences(few):
+def test_select_above_has_the_derivatives_of_finite_differences(few, monkeypatch):
+    monkeypatch.setattr(kernels, "FEW", few)
+
     def rebuilt(x, centre, W, bias, decoder):
-        values, support = kernels.select_above(x, centre, W, bias, bound_at(0.2), few)
+        values, support = kernels.select_above(x, centre, W, bias, bound_at(0.2))
         assert (support is None) == (few == 0)
         return kernels.sum_rows(values, support, decoder), kernels.total(values, support)
 
@@ -86,45 +128,45 @@ def test_nothing_above_the_bound_is_zero_everywhere():
 
 @pytest.mark.parametrize("bound", [bound_at(0.02), torch.tensor(9.0), torch.linspace(5, 12, 512)],
                          ids=["of the batch", "a scalar", "a feature"])
-def test_quick_products_reach_a_bound_within_a_rounding_of_bfloat16(bound):
+def test_quick_products_reach_a_bound_within_a_rounding_of_bfloat16(bound, as_pairs):
     x, centre, W, bias = problem(torch.float32, b=700, n=512)
-    exact, wanted = kernels.select_above(x, centre, W, bias, bound, few=1)
+    exact, wanted = kernels.select_above(x, centre, W, bias, bound)
     with kernels.quick_products(True):
-        quick, support = kernels.select_above(x, centre, W, bias, bound, few=1)
+        quick, support = kernels.select_above(x, centre, W, bias, bound)
         g_quick = torch.autograd.grad(quick.square().sum(), [x, centre, W, bias])
     pre = (x - centre) @ W.T + bias
-    assert torch.allclose(quick, pre[support.rows, support.index], atol=1e-4)
+    assert torch.allclose(quick, pre[support.positions, support.index], atol=1e-4)
     least = (bound(pre.detach().flatten()) if callable(bound) else bound).expand(512)
     assert (quick > 0.98 * least[support.index] - 0.02).all() and len(exact) / 1.01 < len(quick) < 1.1 * len(exact)
-    among = set(zip(support.rows.tolist(), support.index.tolist()))
-    missed = [(value, i) for (b, i), value in zip(zip(wanted.rows.tolist(), wanted.index.tolist()), exact.tolist())
+    among = set(zip(support.positions.tolist(), support.index.tolist()))
+    missed = [(value, i) for (b, i), value in zip(zip(wanted.positions.tolist(), wanted.index.tolist()), exact.tolist())
               if (b, i) not in among]
     assert len(missed) < 0.01 * len(exact) and all(value < 1.02 * least[i] + 0.02 for value, i in missed)
-    dense = pre * torch.zeros_like(pre).index_put((support.rows, support.index), torch.tensor(1.0))
+    dense = pre * torch.zeros_like(pre).index_put((support.positions, support.index), torch.tensor(1.0))
     for ours, theirs in zip(g_quick, torch.autograd.grad(dense.square().sum(), [x, centre, W, bias])):
         assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-2)
 
 
-def test_what_bfloat16_rounds_to_a_step_below_the_bound_is_kept():
+def test_what_bfloat16_rounds_to_a_step_below_the_bound_is_kept(as_pairs):
     """3.0114 from terms that are each rounded to 1; the bound 3.01 is rounded up, a step above 3."""
     x, W, bound = torch.full((1, 3), 1.0038), torch.ones(2, 3), torch.tensor([3.01, 3.05])
     with kernels.quick_products(True):
-        values, support = kernels.select_above(x, torch.zeros(3), W, torch.zeros(2), bound, few=1)
+        values, support = kernels.select_above(x, torch.zeros(3), W, torch.zeros(2), bound)
     assert support.index.tolist() == [0] and values.item() == pytest.approx(3.0114)
 
 
-def test_a_bound_of_minus_zero_is_zero():
+def test_a_bound_of_minus_zero_is_zero(as_pairs):
     x, centre, W, bias = problem(torch.float32)
     with kernels.quick_products(True):
-        found = [len(kernels.select_above(x, centre, W, bias, torch.tensor(zero), few=1)[0]) for zero in (0.0, -0.0)]
+        found = [len(kernels.select_above(x, centre, W, bias, torch.tensor(zero))[0]) for zero in (0.0, -0.0)]
     assert found[0] == found[1] > 0
 
 
 @pytest.mark.parametrize("bound", [torch.zeros(()), bound_at(0.1)])
-def test_a_nan_reaches_every_bound(bound):
+def test_a_nan_reaches_every_bound(bound, as_pairs):
     x, centre, W, bias = problem(torch.float32)
     bias.data[7] = float("nan")
-    assert kernels.select_above(x, centre, W, bias, bound, few=1)[0].isnan().any()
+    assert kernels.select_above(x, centre, W, bias, bound)[0].isnan().any()
 
 
 def test_more_than_there_are_get_a_sentence():
@@ -221,19 +263,10 @@ def test_quick_dense_products_are_rounded_and_no_more():
 
 
 @pytest.mark.parametrize("select", [lambda *given: kernels.select_top(*given, 8),
-                                    lambda *given: kernels.select_above(*given, bound_at(0.02), 1)], ids=["top", "above"])
-def test_results_are_the_same_bits_every_time(select):
+                                    lambda *given: kernels.select_above(*given, bound_at(0.02))], ids=["top", "above"])
+def test_results_are_the_same_bits_every_time(select, as_pairs):
     x, centre, W, bias = problem(torch.float32, b=3000, n=512)
     with kernels.quick_products(True):
         first, again = ([values, *torch.autograd.grad(kernels.sum_rows(values, support, W).square().sum(), [centre, W, bias])]
                         for values, support in (select(x, centre, W, bias) for _ in range(2)))
     assert all(torch.equal(a, b) for a, b in zip(first, again))
-
-
-@pytest.mark.parametrize("m, k", [(1, 1), (7, 7), (50, 1), (50, 49)])
-def test_the_kth_of_rows_is_that_of_a_sort(m, k):
-    v = torch.randn(9, m, generator=torch.Generator().manual_seed(0))
-    v[0] = 1.0  # ties
-    before = v.clone()
-    assert torch.equal(kernels.kth_of_rows(v, k)[:, 0], v.sort(dim=1, descending=True).values[:, k - 1])
-    assert torch.equal(v, before), "what it was lent is as it was"

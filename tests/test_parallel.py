@@ -21,10 +21,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tsae import checkpoints, parallel, scaleout, store, train
+from tsae import store, train
 from tsae.pairs.order import Shuffled
 from tsae.pairs.shards import Memory
 from tsae.sae import SAE
+from tsae.scale import __main__ as trainer
+from tsae.scale import checkpoints, parallel
+from tsae.scale.passes import fit_all
 from tsae.scale.sharded import Sharded
 
 SERVER = multiprocessing.get_context("forkserver")
@@ -90,7 +93,8 @@ def build(activation="topk", **settings) -> SAE:
 
 def trained(sae: SAE) -> pd.DataFrame:
     source = ((x.double(), t) for x, t in dealt())
-    return train.fit(sae, source, STEPS * BATCH, lr=0.01, sparsity=0.05, dead_after_tokens=4 * BATCH, log_every_tokens=BATCH)
+    return fit_all([train.Run(sae, STEPS * BATCH, lr=0.01, sparsity=0.05, dead_after_tokens=4 * BATCH, log_every_tokens=BATCH,
+                              exchange=parallel.Ranks())], source)[0]
 
 
 def train_all(folder: Path, names: list[str], sharded: bool = False) -> None:
@@ -170,15 +174,15 @@ def exchange(folder: Path) -> None:
         if size == 1 and rank == 1:
             sae.b_enc.grad = sae.W_lookup.grad = None
         sae.W_dec.requires_grad_(False)
-        fired, results["worst"] = parallel.share(sae, out["fired"], out["loss"] + rank)
+        fired, results["worst"] = parallel.Ranks.share(sae, out["fired"], out["loss"] + rank)
         assert sae.W_lookup.grad.layout == torch.sparse_coo
         results |= {f"{name} {size}": p.grad.to_dense() for name, p in sae.named_parameters() if p.requires_grad}
         results["worst"], results[f"loss {size}"] = torch.tensor(results["worst"]), out["loss"].detach()
         results[f"rows {size}"], results["fired"] = sae.W_lookup.grad.coalesce().indices()[0], fired
     values = torch.randn(40, generator=torch.Generator().manual_seed(rank)) + 5 * rank
-    results["kth"] = parallel.kth_largest(values, 25)
+    results["kth"] = parallel.Ranks.kth_largest(values, 25)
     results["asked"] = torch.tensor([parallel.any_rank(7 * rank), parallel.any_rank(rank == 0), parallel.any_rank(False)])
-    results["averaged"] = torch.tensor(list(parallel.average(dict(a=float(rank), b=0.1)).values()))
+    results["averaged"] = torch.tensor(list(parallel.Ranks.average(dict(a=float(rank), b=0.1)).values()))
     save_file({name: value.contiguous() for name, value in results.items()}, folder / f"{rank}.safetensors")
 
 
@@ -299,8 +303,8 @@ def resumable(folder: Path, sharded: bool, stall: tuple[int, str, int] | None = 
         setattr(module, stall[1], waits)
     sae = build(lookup="learned").float()
     sae = Sharded(sae) if sharded else sae
-    history = train.fit(sae, dealt(), 15 * BATCH, quick=True, folder=folder / "unfinished", checkpoint_every_s=0,
-                        dead_after_tokens=3 * BATCH, log_every_tokens=BATCH)
+    one = train.Run(sae, 15 * BATCH, dead_after_tokens=3 * BATCH, log_every_tokens=BATCH, exchange=parallel.Ranks())
+    history, = fit_all([one], dealt(), quick=True, folder=folder / "unfinished", checkpoint_every_s=0)
     if sharded or parallel.main():
         sae.save(folder)
     store.write_text(folder / f"history{parallel.rank()}.csv", history.to_csv())
@@ -350,7 +354,7 @@ def stopped(folder: Path) -> None:
             return super().__next__()
     source = Asked(Memory(*pairs()), BATCH, seed=1, rank=parallel.rank(), world=parallel.world())
     with pytest.raises(SystemExit, match=str(128 + signal.SIGTERM)):
-        train.fit(build().float(), source, STEPS * BATCH, folder=folder)
+        fit_all([train.Run(build().float(), STEPS * BATCH, exchange=parallel.Ranks())], source, folder=folder)
 
 
 def test_a_signal_to_one_rank_stops_all(tmp_path):
@@ -369,7 +373,7 @@ def command(model_folder, tmp_path, monkeypatch) -> list[str]:
 
 def command_line(cache: Path, arguments: list[str]) -> None:
     store.CACHE = cache
-    scaleout.main(arguments)
+    trainer.main(arguments)
 
 
 def test_the_command_under_torchrun(command, tmp_path):
@@ -381,7 +385,7 @@ def test_the_command_under_torchrun(command, tmp_path):
     assert "by 2 ranks, nmse 0." in done.stdout and done.stdout.count("trained on") == 1
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["config.json", "history.csv", "settings.json",
                                                                         "weights.safetensors"]
-    scaleout.main([*command, "--out", str(tmp_path / "alone")])
+    trainer.main([*command, "--out", str(tmp_path / "alone")])
     run(2, command_line, store.CACHE, [*command, "--out", str(tmp_path / "dealt"), "--shard-features"])
     wanted = pd.read_csv(tmp_path / "alone/history.csv")
     for name in ("run", "dealt"):
@@ -399,22 +403,22 @@ def test_a_run_that_was_begun_goes_on_in_its_own_way_only(command, tmp_path, mon
         return step(*arguments)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(train.Run, "step", cut)
-        scaleout.main(line)
+        trainer.main(line)
     for change, sentence in ((["--store-gb", "0"], "begun with streamed False.*--store-gb makes it True.*another --out"),
                              (["--shard-features"], "begun with shard_features False.*give the --shard-features")):
         with pytest.raises(SystemExit, match=sentence):
-            scaleout.main([*line, *change])
+            trainer.main([*line, *change])
     steps = []
     monkeypatch.setattr(train.Run, "step", lambda *a: steps.append(1) or step(*a))
-    scaleout.main([*line, "--store-gb", "50"])  # still a store
+    trainer.main([*line, "--store-gb", "50"])  # still a store
     assert len(steps) == -(-6000 // 256) - 5 and not (tmp_path / "run/unfinished").exists()
 
 
 def test_the_command_says_what_is_wrong(command, tmp_path, capsys):
     out = ["--out", str(tmp_path / "run")]
-    scaleout.main([*command, *out])
-    scaleout.main([*command, *out])
+    trainer.main([*command, *out])
+    trainer.main([*command, *out])
     assert "holds this SAE already" in capsys.readouterr().out
     for changes, sentence in ((["--k", "5"], "other settings.*choose another --out"), (["--model", "/nowhere"], "no model")):
         with pytest.raises(SystemExit, match=sentence):
-            scaleout.main([*command, *(out if "--k" in changes else ["--out", str(tmp_path / "new")]), *changes])
+            trainer.main([*command, *(out if "--k" in changes else ["--out", str(tmp_path / "new")]), *changes])

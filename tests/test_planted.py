@@ -14,9 +14,9 @@ from conftest import byte_tokenizer, tiny_network
 from scipy.sparse import csc_array
 from test_scores import BIGRAM, PLACE, SKIP, TOKEN, TOPIC, stream
 
-from tsae import heldout, quality, scores
 from tsae.lm import LM
 from tsae.sae import SAE
+from tsae.scoring import dictionary, effects, heldout, scores
 
 KINDS = {"one token": TOKEN, "a bigram": BIGRAM, "a skip-gram": SKIP, "a topic": TOPIC, "a position": PLACE}
 WEIGHTINGS = ("peak", "drawn", "firing", "mass")
@@ -128,7 +128,8 @@ def hand_made() -> tuple[LM, SAE, torch.Tensor]:
     basis = torch.linalg.qr(torch.cat([ones, noise], 1))[0].T[1:]
     for block in network.transformer.h:
         for last in (block.attn.c_proj, block.mlp.c_proj):
-            last.weight.zero_(), last.bias.zero_()
+            last.weight.zero_()
+            last.bias.zero_()
     network.transformer.wpe.weight.zero_()
     network.transformer.wte.weight.copy_(basis[14] + SCALE * basis[:5].sum(0))
     head = torch.zeros(257, 16)
@@ -150,9 +151,9 @@ def found():
     codes = csc_array(np.c_[codes[:, :5], codes[:, TOPIC], codes[:, TOKEN]])
     lm, sae, unigrams = hand_made()
     table = scores.scored(codes, text)
-    table["split"] = quality.split_tokens(table)
-    table = table.merge(quality.dictionary(sae, unigrams), on="feature")
-    return table.merge(quality.effects(lm, sae, 2, codes, text, rows, before=8, top=1), on="feature")
+    table["split"] = dictionary.split_tokens(table)
+    table = table.merge(dictionary.dictionary(sae, unigrams), on="feature")
+    return table.merge(effects.effects(lm, sae, 2, codes, text, rows, before=8, top=1), on="feature")
 
 
 @pytest.mark.parametrize(("kind", "score"), EXPECTED, ids=lambda of: dict(zip(KINDS.values(), KINDS)).get(of, of))
@@ -224,7 +225,7 @@ def test_probes_find_the_planted_features():
                       listed & (random.random(len(listed)) < 0.3), text.column <= 4,
                       number & held_by], 1)
     codes = csc_array((fires * random.uniform(0.9, 1.1, fires.shape)).astype(np.float32))
-    best = quality.probes(codes, text).set_index("attribute")
+    best = dictionary.probes(codes, text).set_index("attribute")
     # 5 of 6 numbers do not follow an "a": recall r = 5/6, precision 1; F1 = 2 r / (1 + r), AUC = (1 + r) / 2. The
     # sixth is a specialist's, and absorbed.
     attributes = {"a number": (TOKEN, 5 / 6), "in a parameter list": (TOPIC, 0.3),

@@ -11,7 +11,7 @@ from torch.nn.functional import cosine_similarity
 
 from tsae import kernels
 from tsae import sae as module
-from tsae.sae import ACTIVATIONS, SAE, _Gated
+from tsae.sae import ACTIVATIONS, SAE
 
 B, D, N, K, V = 9, 6, 10, 3, 5
 X = 3 * torch.randn(B, D, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -66,6 +66,12 @@ def naive_decode(sae, codes, t):
     return torch.stack(rows)
 
 
+@pytest.fixture(params=[0.0, 1.0], ids=["dense", "pairs"])
+def few(request, monkeypatch):
+    """Both ways to compute codes that are not topk: 0.0 as if never few enough for pairs, 1.0 as if always."""
+    monkeypatch.setattr(kernels, "FEW", request.param)
+
+
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("encoder_sees", ["full", "rest"])
 @pytest.mark.parametrize("activation, lookup", TABLED)
@@ -87,12 +93,76 @@ def test_codes_are_never_negative(activation):
     assert not sae.encode(X, T).any() and torch.allclose(sae(X, T), (sae.b_dec + sae.W_lookup[T]) * sae.scale)
 
 
-def test_batchtopk_keeps_k_a_position_on_average_and_remembers_the_mean_threshold():
+def test_batchtopk_keeps_k_a_position_on_average():
     sae = random_sae("batchtopk", "none")
-    kept, first, second = sae.encode(X), sae.threshold.item(), sae.encode(2 * X)
-    assert (kept > 0).sum() == (second > 0).sum() == K * B and first == kept[kept > 0].min()
-    assert sae.threshold.item() == pytest.approx(0.9 * first + 0.1 * second[second > 0].min().item())
-    assert torch.allclose(sae.eval().encode(X[:1]), sae.encode(X)[:1])  # in use, neighbours do not matter
+    for x in (X, 2 * X):
+        assert (sae.encode(x) > 0).sum() == K * B
+    assert sae.eval().encode(X[:1]).count_nonzero() == K, "nothing learned yet: the threshold of the batch"
+    sae.threshold.fill_(0.8)
+    assert torch.allclose(sae.encode(X[:1]), sae.encode(X)[:1])  # in use, neighbours do not matter
+
+
+@pytest.mark.usefixtures("few")
+def test_training_follows_the_mean_of_the_least_values_kept():
+    sae, wanted = random_sae("batchtopk", "none"), None
+    for x in (X, 2 * X, 0.5 * X):
+        codes = sae.encode(x)
+        least = codes[codes > 0].min().item()
+        wanted = least if wanted is None else 0.9 * wanted + 0.1 * least
+        sae.loss(x)
+        assert sae.threshold.item() == pytest.approx(wanted)
+    assert sae.eval().loss(3 * X)["loss"] > 0 and sae.threshold.item() == pytest.approx(wanted)
+
+
+USES = dict(encode=SAE.encode, forward=SAE.forward, reconstructed=SAE.reconstructed, preactivations=SAE.preactivations,
+            table_alone=lambda sae, x, t: sae.table_alone(t))
+
+
+@pytest.mark.usefixtures("few")
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("seen", [-1.0, 0.8])  # of batchtopk: nothing yet, and a threshold
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_only_the_loss_in_training_changes_an_sae(activation, seen, training):
+    sae = random_sae(activation).train(training)
+    if activation == "batchtopk":
+        sae.threshold.fill_(seen)
+    before = {name: value.clone() for name, value in sae.state_dict().items()}
+    for name, use in USES.items():
+        answers = []
+        for _ in range(2):
+            with torch.no_grad():
+                answers.append(use(sae, X, T))
+            use(sae, 2 * X, T)  # another batch in between
+        first, again = ([torch.as_tensor(part) for part in (answer if isinstance(answer, tuple) else (answer,))]
+                        for answer in answers)
+        assert all(torch.equal(a, b) for a, b in zip(first, again)), name
+        assert all(torch.equal(value, before[key]) for key, value in sae.state_dict().items()), name
+    sae.loss(X, T)
+    moved = [key for key, value in sae.state_dict().items() if not torch.equal(value, before[key])]
+    assert moved == (["threshold"] if training and activation == "batchtopk" else [])
+
+
+@pytest.mark.usefixtures("few")
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_what_is_reconstructed_is_equation_2_of_the_codes(activation):
+    sae = random_sae(activation)
+    codes = naive_codes(sae, naive_pre(sae, X, T))
+    a_hat, count, fired = sae.reconstructed(X, T)
+    assert torch.allclose(a_hat, naive_decode(sae, codes, T)) and not a_hat.requires_grad
+    assert count == (codes > 0).sum() and torch.equal(fired, (codes > 0).any(0))
+
+
+@pytest.mark.usefixtures("few")
+def test_the_kth_largest_value_may_come_from_a_larger_batch():
+    """Ranks that share a batch hand in a function that sees the values of all: here it answers for all of them."""
+    sae, asked = random_sae("batchtopk"), []
+
+    def kth(values, k):
+        asked.append((len(values), k))
+        return torch.tensor(5.0, dtype=X.dtype)
+    codes = sae.loss(X, T, kth=kth)["codes"]
+    assert codes[codes > 0].min() >= 5 and sae.threshold == 5 and asked[0] == (B * N, K * B)
+    assert torch.allclose(codes.sum(), sae.preactivations(X, T).clamp_min(0).mul(sae.preactivations(X, T) >= 5).sum())
 
 
 @pytest.mark.parametrize("encoder_sees", ["full", "rest"])
@@ -107,12 +177,6 @@ def test_sparse_codes_have_the_gradients_of_the_dense_computation(activation, lo
         assert b.to_dense().any() and torch.allclose(a.to_dense(), b.to_dense())
     through_forward = ((x - sae(x, t)) / sae.scale).square().sum(-1).mean()
     assert torch.allclose(torch.autograd.grad(through_forward, sae.W_enc)[0], wanted[1])
-
-
-@pytest.fixture(params=[0.0, 1.0], ids=["dense", "pairs"])
-def few(request, monkeypatch):
-    """Both ways to compute codes that are not topk: 0.0 as if never few enough for pairs, 1.0 as if always."""
-    monkeypatch.setattr(kernels, "FEW", request.param)
 
 
 @pytest.mark.usefixtures("few")
@@ -168,9 +232,9 @@ def test_thresholds_near_zero_leave_their_window_whole(monkeypatch):
 def test_gated_codes_have_the_derivatives_of_finite_differences():
     g = torch.Generator().manual_seed(0)
     pre, *rest = (torch.randn(shape, generator=g, dtype=X.dtype).requires_grad_() for shape in ((B, N), N, N, N))
-    codes, gates = _Gated.apply(pre, *rest, None)
+    codes, gates = kernels.Gated.apply(pre, *rest, None)
     assert (codes > 0).any() and ((gates > 0) & (codes == 0)).any() and (gates == 0).any()
-    assert torch.autograd.gradcheck(_Gated.apply, (pre, *rest, None))
+    assert torch.autograd.gradcheck(kernels.Gated.apply, (pre, *rest, None))
 
 
 @pytest.mark.usefixtures("few")
@@ -255,7 +319,7 @@ def test_start_is_a_function_of_its_arguments():
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_save_and_load_are_bit_equal(activation, lookup, tmp_path):
     sae = random_sae(activation, lookup, encoder_sees="rest", bandwidth=0.1).float()
-    sae.encode(X.float(), T)  # batchtopk has a threshold now
+    sae.loss(X.float(), T)  # batchtopk has a threshold now
     loaded = SAE.load(sae.save(tmp_path / "a" / "b"))
     assert loaded.config == sae.config and loaded.state_dict().keys() == sae.state_dict().keys()
     assert all(torch.equal(loaded.state_dict()[name], value) for name, value in sae.state_dict().items())

@@ -2,7 +2,10 @@
 
 import hashlib
 import json
+import os
 import stat
+import subprocess
+import sys
 
 import pandas as pd
 import pytest
@@ -101,6 +104,17 @@ def test_a_key_is_a_function_of_the_parameters_and_not_of_their_order():
 def test_places(tmp_path):
     assert store.model_path("embedded") == str(store.EMBEDDED) and store.model_path("owner/name") == "owner/name"
     assert store.run_folder("smoke") == store.DATA / "runs" / "smoke" and store.run_folder(str(tmp_path)) == tmp_path
+    inputs = dict(model="embedded", corpus="docstrings")
+    assert store.run_folder("", **inputs) == store.run_folder("", corpus="docstrings") == store.DATA / "runs" / "embedded"
+    other = inputs | dict(corpus="a.txt")
+    assert store.run_folder("", **other) == store.DATA / "runs" / store.key(**other)
+
+
+def test_an_environment_moves_home_and_cache(tmp_path):
+    code = "from tsae import store; print(store.DATA, store.CACHE)"
+    told = subprocess.run([sys.executable, "-c", code], env=os.environ | dict(TSAE_HOME="/a", TSAE_CACHE="/b"),
+                          capture_output=True, text=True, timeout=120)
+    assert told.stdout == "/a/data /b\n", told.stderr
 
 
 def test_tensors_come_back_or_are_named_as_damaged(tmp_path, capsys):

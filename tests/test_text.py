@@ -51,6 +51,12 @@ def test_rows_are_bos_and_a_slice_of_the_stream():
     assert TOKENIZER.decode(rows["train"][0, 1:].tolist()) == sides(DOCUMENTS)["train"][0][:15]
 
 
+def test_a_tokenizer_without_bos_gets_a_sentence():
+    assert text.bos_id(TOKENIZER) == 0
+    with pytest.raises(ValueError, match="has no BOS token.*name one of its tokens with `bos_token`"):
+        text.bos_id(byte_tokenizer(bos=None))
+
+
 def test_blank_documents_make_no_tokens():
     blank = text.pack(["", *DOCUMENTS, "  \n"], TOKENIZER, 16, **ALL)
     assert all(torch.equal(rows, blank[name]) for name, rows in text.pack(DOCUMENTS, TOKENIZER, 16, **ALL).items())
@@ -67,8 +73,13 @@ def test_the_tokens_asked_for_are_the_first_ones(train, validation):
 
 def test_reading_stops_when_both_sides_are_full():
     read = []
-    long = (read.append(i) or f"Document {i} says {i * i}." for i in range(5000))
-    text.pack(long, TOKENIZER, 16, 500, 500, 0.2)
+
+    def endless():
+        for i in range(5000):
+            read.append(i)
+            yield f"Document {i} says {i * i}."
+
+    text.pack(endless(), TOKENIZER, 16, 500, 500, 0.2)
     assert len(read) <= 1001
 
 
@@ -246,7 +257,8 @@ def test_tokens_are_kept_until_the_file_changes(tmp_path, monkeypatch, folder):
     first, second = rows(), rows()
     assert len(read) == 1 and all(torch.equal(second[name], part) for name, part in first.items())
     assert torch.equal(first["train"], text.pack(DOCUMENTS, TOKENIZER, 16, **ALL)["train"])
-    rows(context=17), rows(validation_share=0.5), rows(train_tokens=100)
+    for change in (dict(context=17), dict(validation_share=0.5), dict(train_tokens=100)):
+        rows(**change)
     assert len(read) == 4
     write(path.parent, "a.jsonl", DOCUMENTS[::-1])  # as long as before
     assert torch.equal(rows()["train"], text.pack(DOCUMENTS[::-1], TOKENIZER, 16, **ALL)["train"])
@@ -335,6 +347,35 @@ def test_docstrings_of_an_installed_package_are_kept(monkeypatch):
     monkeypatch.undo()
     with pytest.raises(ModuleNotFoundError, match="no_such_package.*pip install"):
         text.docstrings(["no_such_package"])
+
+
+def naive_fresh(texts, share):
+    """For every text, the lines of all earlier ones gone through again."""
+    kept = []
+    for i, document in enumerate(texts):
+        earlier = [line.strip() for other in texts[:i] for line in other.splitlines() if len(line.strip()) >= 20]
+        lines = [line.strip() for line in document.splitlines()]
+        fresh = sum(len(line) for line in lines if line not in earlier)
+        if document not in texts[:i] and fresh > share * sum(len(line) for line in lines):
+            kept.append(document)
+    return kept
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.5, 0.99])
+def test_repetition_is_counted_in_characters_of_lines(share):
+    lines = [f"{'abcdefghij'[i] * (3 + 9 * i)}" for i in range(10)]
+    texts = ["\n".join(lines[i * j % 10] for j in range(1 + i % 6)) for i in range(40)]
+    assert text._without_repetition(texts, share) == naive_fresh(texts, share) != texts
+
+
+def test_what_is_cached_has_not_changed(tmp_path, monkeypatch):
+    """Golden digests of what VERSION stands for: if one must change, raise VERSION, so that no old cache is read."""
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "golden_package").mkdir()
+    (tmp_path / "golden_package" / "a.py").write_text("\n".join(f'def f{i}():\n    """{d}{d}"""' for i, d in enumerate(DOCUMENTS)))
+    made = text.pack(DOCUMENTS, TOKENIZER, 16, 1600, 0, 0.2)
+    digests = [hashlib.sha256(made[name].numpy().tobytes()).hexdigest()[:12] for name in ("train", "validation")]
+    assert (text.VERSION, *digests, text.fingerprint(text.docstrings(["golden_package"]))[:12]) == (GOLDEN)
 
 
 def test_the_fingerprint_sees_order_content_and_borders():

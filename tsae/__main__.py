@@ -28,10 +28,12 @@ def declared(notebook: Path) -> dict[str, object]:
 
 def read_preset(name: str) -> dict[str, object]:
     """The settings of notebooks/presets/<name>.yaml, or of a yaml file given by its path."""
-    path = Path(name) if name.endswith((".yaml", ".yml")) else NOTEBOOKS / "presets" / f"{name}.yaml"
+    presets, is_path = NOTEBOOKS / "presets", name.endswith((".yaml", ".yml"))
+    path = Path(name) if is_path else presets / f"{name}.yaml"
     if not path.is_file():
-        known = sorted(file.stem for file in (NOTEBOOKS / "presets").glob("*.yaml"))
-        raise SystemExit(f"there is no preset {name!r}: the presets are {', '.join(known)}, or give a .yaml file")
+        known = ", ".join(sorted(file.stem for file in presets.glob("*.yaml")))
+        raise SystemExit(f"there is no preset {name!r}: the presets are {known}, or give a .yaml "
+                         "file")
     settings = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     if not isinstance(settings, dict):
         raise SystemExit(f"the preset {path} must be lines of `name: value`")
@@ -54,36 +56,48 @@ def check(settings: dict[str, object], parameters: dict[str, dict[str, object]])
     for name, value in settings.items():
         if name not in known:
             near = difflib.get_close_matches(name, known, 1)
-            raise SystemExit(f"no notebook has a parameter {name!r}" + (f": did you mean {near[0]!r}?" if near else ""))
+            hint = f": did you mean {near[0]!r}?" if near else ""
+            raise SystemExit(f"no notebook has a parameter {name!r}{hint}")
         wanted = (int, float) if isinstance(known[name], float) else type(known[name])
         if not isinstance(value, wanted) or (isinstance(value, bool) and wanted is not bool):
             raise SystemExit(f"{name} is {value!r}, a {type(value).__name__}: expected "
                              f"{type(known[name]).__name__} such as {known[name]!r}")
 
 
-def run(notebook: Path, parameters: dict[str, object], folder: Path, tables: dict[str, str], label: str) -> None:
-    """Execute a notebook into `folder`/notebooks unless that was done with the same inputs, `tables` read included."""
-    own = {name: value for name, value in parameters.items() if name != "run_name"}  # where it lies changes nothing
+def run(notebook: Path, parameters: dict[str, object], folder: Path, tables: dict[str, str],
+        label: str) -> None:
+    """Execute a notebook into `folder`/notebooks, unless that was done with the same inputs.
+
+    Inputs are its code, its parameters but for where the run lies, the `tables` it reads (name:
+    digest), and VERSION. A finished run that was moved or copied is still finished.
+    """
+    own = {name: value for name, value in parameters.items() if name != "run_name"}
     key = store.key(notebook=code_of(notebook), parameters=own, version=VERSION, tables=tables)
-    done, executed = folder / "done" / f"{notebook.stem}.json", folder / "notebooks" / notebook.name
+    done, executed = folder / f"done/{notebook.stem}.json", folder / "notebooks" / notebook.name
     if done.is_file() and executed.is_file() and store.read_json(done)["key"] == key:
         print(f"{label}  done before", flush=True)
         return
     print(f"{label}  running", flush=True)
     started = time.monotonic()
     executed.parent.mkdir(parents=True, exist_ok=True)
-    papermill.execute_notebook(str(notebook), str(executed), parameters, progress_bar=sys.stderr.isatty(),
-                               extra_arguments=["--IPKernelApp.log_level=ERROR"])  # no warning that loopback is not encrypted
+    papermill.execute_notebook(  # the log level: no warning that loopback is not encrypted
+        str(notebook), str(executed), parameters, progress_bar=sys.stderr.isatty(),
+        extra_arguments=["--IPKernelApp.log_level=ERROR"])
     seconds = time.monotonic() - started
-    store.write_json(done, dict(key=key, parameters=parameters, seconds=round(seconds, 1)))
+    store.write_json(done, dict(key=key, parameters=own, seconds=round(seconds, 1)))
     print(f"{label}  done in {seconds:.0f} s", flush=True)
+
+
+def manifest_of(folder: Path) -> dict[str, dict]:
+    """What is known of the tables in a folder: {file name: what made it, from what}."""
+    path = folder / "manifest.json"
+    return store.read_json(path) if path.is_file() else {}
 
 
 def made_before(folder: Path, notebook: Path) -> dict[str, str]:
     """Digests of the tables that notebooks with smaller numbers left in the run folder."""
-    manifest = folder / "tables" / "manifest.json"
-    lines = store.read_json(manifest) if manifest.is_file() else {}
-    return {name: line["sha256"] for name, line in lines.items() if line["notebook"] < notebook.stem}
+    return {name: line["sha256"] for name, line in manifest_of(folder / "tables").items()
+            if line["notebook"] < notebook.stem}
 
 
 def code_of(notebook: Path) -> list[str]:
@@ -93,65 +107,87 @@ def code_of(notebook: Path) -> list[str]:
 
 
 def publish(folder: Path) -> None:
-    """Copy a run's tables and pictures over the repository's, tie the two by a manifest, and write the README's tables.
+    """Copy a run's tables and pictures over the repository's, and write the README's tables.
 
-    Tables of the benchmark, which no notebook makes, stay.
+    A manifest ties the two. Tables of the benchmark, which no notebook makes, stay.
     """
     results, figures = store.DATA / "results", store.ROOT / "figures"
-    lines = store.read_json(results / "manifest.json") if (results / "manifest.json").is_file() else {}
-    lines = {name: line for name, line in lines.items() if line["notebook"] == BENCHMARK}
+    of_benchmark = {name: line for name, line in manifest_of(results).items()
+                    if line["notebook"] == BENCHMARK}
     for part, place, pattern in (("tables", results, "*.csv"), ("figures", figures, "*.png")):
         for file in sorted((folder / part).glob(pattern)):
             with store.replacing(place / file.name) as temporary:
                 shutil.copyfile(file, temporary)
-    store.write_json(results / "manifest.json", lines | store.read_json(folder / "tables" / "manifest.json"))
+    store.write_json(results / "manifest.json", of_benchmark | manifest_of(folder / "tables"))
     readme.tie()
 
 
-def main(arguments: list[str] | None = None) -> None:
+def parsed(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tsae", description=__doc__)
-    parser.add_argument("--preset", default="embedded", help="a file of notebooks/presets, or a path to a yaml file")
-    parser.add_argument("-p", action="append", default=[], metavar="name=value", help="set a notebook parameter")
-    parser.add_argument("--only", nargs="+", default=[], metavar="NN", help="only these notebooks, by their numbers")
-    parser.add_argument("--out", default="", help="run folder; default: data/runs/<preset>, with a hash where -p is given")
-    parser.add_argument("--publish", action="store_true",
-                        help="afterwards copy tables and figures to data/results and figures, which the README shows")
-    options = parser.parse_args(arguments)
-    assigned = dict(read_assignment(text) for text in options.p)
-    settings = read_preset(options.preset) | assigned
-    only = options.only or [str(number) for number in settings.pop("only", [])]
-    settings.pop("only", None)
-    if options.publish and settings:
-        raise SystemExit("--publish is for the defaults: the README speaks of the embedded model")
+    add = parser.add_argument
+    add("--preset", default="embedded",
+        help="a file of notebooks/presets, or a path to a yaml file")
+    add("-p", action="append", default=[], metavar="name=value", help="set a notebook parameter")
+    add("--only", nargs="+", default=[], metavar="NN", help="only these notebooks, by number")
+    add("--out", default="",
+        help="run folder; default: data/runs/<preset>, with a hash where -p is given")
+    add("--publish", action="store_true",
+        help="afterwards copy tables and figures to where the README shows them")
+    return parser.parse_args(arguments)
+
+
+def chosen(only: list[str]) -> list[Path]:
+    """The notebooks with these numbers (all, if there are none), in order."""
     notebooks = sorted(NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"))
-    wanted = [path for path in notebooks if not only or path.name[:2] in only]
     missing = set(only) - {path.name[:2] for path in notebooks}
-    if missing or not wanted:
+    if missing or not notebooks:
         raise SystemExit(f"there is no notebook {', '.join(sorted(missing))}: there are "
                          f"{', '.join(path.stem for path in notebooks)}")
-    parameters = {path.name: declared(path) for path in notebooks}
+    return [path for path in notebooks if not only or path.name[:2] in only]
+
+
+def show_evidence(folder: Path) -> None:
+    """Print the evidence table of a run, if it has one."""
+    path = folder / "tables" / "evidence.csv"
+    if path.is_file():
+        table = store.read_table(path)[["claim", "paper", "ours", "low", "high", "verdict"]]
+        print(table.to_string(index=False, na_rep="", float_format="{:.3g}".format))
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options = parsed(arguments)
+    assigned = dict(read_assignment(text) for text in options.p)
+    settings = read_preset(options.preset) | assigned
+    of_preset = [str(number) for number in settings.pop("only", [])]
+    if options.publish and settings:
+        raise SystemExit("--publish is for the defaults: the README speaks of the embedded model")
+    notebooks = chosen(options.only or of_preset)
+    parameters = {path.name: declared(path) for path in chosen([])}
     check(settings, parameters)
-    name = Path(options.preset).name.removesuffix(".yaml") + (f"-{store.key(**assigned)}" if assigned else "")
+    name = Path(options.preset).name.removesuffix(".yaml")
+    name += f"-{store.key(**assigned)}" if assigned else ""
     folder = Path(options.out).resolve() if options.out else store.DATA / "runs" / name
+    settings["run_name"] = str(folder)
     print(f"run folder {os.path.relpath(folder)}", flush=True)
-    for i, path in enumerate(wanted):
-        own = {name: value for name, value in (settings | {"run_name": str(folder)}).items() if name in parameters[path.name]}
-        reads = {} if "model" in parameters[path.name] else made_before(folder, path)  # 01 to 04 need a model, not tables
+    for i, path in enumerate(notebooks, 1):
+        known = parameters[path.name]
+        own = {name: value for name, value in settings.items() if name in known}
+        tables = {} if "model" in known else made_before(folder, path)  # 05 reads tables alone
         try:
-            run(path, own, folder, reads, f"[{i + 1}/{len(wanted)}] {path.stem}")
+            run(path, own, folder, tables, f"[{i}/{len(notebooks)}] {path.stem}")
         except (papermill.PapermillExecutionError, RuntimeError) as error:
-            what = f"{error.ename}: {error.evalue}" if hasattr(error, "ename") else str(error)
-            raise SystemExit(f"{path.stem} stopped: {what}\nIts copy is in {folder / 'notebooks'}") from None
+            said = f"{error.ename}: {error.evalue}" if hasattr(error, "ename") else str(error)
+            raise SystemExit(f"{path.stem} stopped: {said}\nIts copy is in "
+                             f"{folder / 'notebooks'}") from None
     if options.publish:
         publish(folder)
-    evidence = folder / "tables" / "evidence.csv"
-    if evidence.is_file() and wanted[-1].stem == "05_figures":
-        table = store.read_table(evidence)[["claim", "paper", "ours", "low", "high", "verdict"]]
-        print(table.to_string(index=False, na_rep="", float_format="{:.3g}".format))
+    if notebooks[-1].stem == "05_figures":
+        show_evidence(folder)
 
 
 if __name__ == "__main__":
     try:
         main()
     except KeyboardInterrupt:
-        raise SystemExit("interrupted: what was finished is kept, and the same command goes on from there") from None
+        raise SystemExit("interrupted: what was finished is kept, and the same command goes on "
+                         "from there") from None

@@ -1,6 +1,7 @@
 """What is added to the decoder before the features: the token table, and where it starts.
 
-Statistics are those of pairs.extract.Moments: mean (d,), count (V,) and sum (V, d) of the activations.
+Statistics are those of pairs.extract.Moments: mean (d,), count (V,) and sum (V, d) of the
+activations.
 """
 
 import torch
@@ -10,7 +11,8 @@ NAMES = {"none": WITHOUT, "learned": WITH}  # of a `lookup`, in result tables an
 
 
 def conditional_mean(stats: dict[str, torch.Tensor], prior: float = 4.0) -> torch.Tensor:
-    """E[a | t] (V, d), shrunk towards the overall mean as if that had been seen `prior` times with t."""
+    """E[a | t] (V, d), shrunk towards the overall mean as if that had been seen `prior` times with
+    t."""
     return (stats["sum"] + prior * stats["mean"]) / (stats["count"].unsqueeze(-1) + prior)
 
 
@@ -20,11 +22,12 @@ def left_over(stats: dict[str, torch.Tensor], table: torch.Tensor) -> torch.Tens
     return stats["mean"] - share @ table
 
 
-def start_table(stats: dict[str, torch.Tensor], unigrams: torch.Tensor, recipe: dict) -> torch.Tensor:
+def start_table(stats: dict[str, torch.Tensor], unigrams: torch.Tensor,
+                recipe: dict) -> torch.Tensor:
     """Where the table of a recipe (an entry of train.RECIPES) starts: (V, d) raw.
 
-    Its `start` is "unigram", the residuals A([BOS, t])[1] in `unigrams` (V, d), or "mean", the shrunk
-    conditional means; both times its `table_scale`.
+    Its `start` is "unigram", the residuals A([BOS, t])[1] in `unigrams` (V, d), or "mean", the
+    shrunk conditional means; both times its `table_scale`.
     """
     if recipe["start"] == "unigram":
         return recipe["table_scale"] * unigrams

@@ -1,7 +1,7 @@
 """Sparse codes (m, n) of an SAE on m positions: the one encoder of scores, features and browser.
 
-Firings are the positive entries, by feature and then by position, as csc arrays hold them. Functions
-that order or choose firings give indices into that sequence.
+Firings are the positive entries, by feature and then by position, as csc arrays hold them.
+Functions that order or choose firings give indices into that sequence.
 """
 
 import numpy as np
@@ -54,7 +54,8 @@ def sortable(values: np.ndarray) -> np.ndarray:
 
 
 def by_strength(codes: csc_array) -> np.ndarray:
-    """The order (nnz,) of firings by feature, then strongest first (in float32), then by position."""
+    """The order (nnz,) of firings by feature, then strongest first (in float32), then by
+    position."""
     return ordered_within(firings(codes)[1], ~sortable(codes.data))
 
 
@@ -74,14 +75,16 @@ def strongest(codes: csc_array, top: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def first_of_each(order: np.ndarray, feature: np.ndarray, ends: np.ndarray, top: int) -> np.ndarray:
-    """1.0 (nnz,) at the first `top` of each feature's firings in an `order` that keeps them together."""
+    """1.0 (nnz,) at the first `top` of each feature's firings in an `order` that keeps them
+    together."""
     chosen = np.zeros(len(order))
     chosen[order] = np.arange(len(order)) - ends[feature] < top
     return chosen
 
 
 def evenly(codes: csc_array, mask: np.ndarray, each: int) -> np.ndarray:
-    """Up to `each` firings of every feature at positions of a mask (m,), evenly over ranks of code."""
+    """Up to `each` firings of every feature at positions of a mask (m,), evenly over ranks of
+    code."""
     order = by_strength(codes)
     order = order[mask[codes.indices[order]]]
     feature = firings(codes)[1][order]

@@ -1,4 +1,4 @@
-"""How well an SAE reconstructs: pure functions of tensors, and two passes that apply them."""
+"""How well an SAE reconstructs: pure functions, that change nothing they are given."""
 
 from collections.abc import Callable, Iterable
 
@@ -21,7 +21,8 @@ def nmse(x: torch.Tensor, x_hat: torch.Tensor) -> float:
 
 
 def fvu(x: torch.Tensor, x_hat: torch.Tensor) -> float:
-    """Fraction of variance unexplained: summed squared error over summed squared distance to the mean activation."""
+    """Fraction of variance unexplained: summed squared error over summed squared distance to the
+    mean activation."""
     return ((x - x_hat).square().sum() / (x - x.mean(0)).square().sum()).item()
 
 
@@ -36,7 +37,8 @@ def ce_recovered(patched: float, clean: float, ablated: float) -> float:
 
 
 def interval(values: Iterable[float], level: float = 0.95) -> tuple[float, float, float]:
-    """(mean, low, high): Student's t interval over independent runs. One value gives (value, nan, nan)."""
+    """(mean, low, high): Student's t interval over independent runs. One value gives (value, nan,
+    nan)."""
     values = np.asarray(list(values), dtype=float)
     if len(values) < 2:
         return values.mean(), float("nan"), float("nan")
@@ -45,19 +47,22 @@ def interval(values: Iterable[float], level: float = 0.95) -> tuple[float, float
 
 
 def summarise(table: pd.DataFrame, by: list[str], metrics: list[str]) -> pd.DataFrame:
-    """Over the runs (seeds) of each group: columns by ..., metric, value, low, high, runs; groups in order of appearance."""
+    """Over the runs (seeds) of each group: columns by ..., metric, value, low, high, runs; groups
+    in order of appearance."""
     rows = []
     for names, group in table.groupby(by, sort=False, dropna=False):
         for metric in metrics:
             values = group[metric].dropna()
             if len(values):
                 mean, low, high = interval(values)
-                rows.append(dict(zip(by, names), metric=metric, value=mean, low=low, high=high, runs=len(values)))
+                found = dict(metric=metric, value=mean, low=low, high=high, runs=len(values))
+                rows.append(dict(zip(by, names)) | found)
     return pd.DataFrame(rows)
 
 
 def tokens_to_reach(tokens: Iterable[float], values: Iterable[float], target: float) -> float:
-    """Training tokens at which a falling curve first reaches `target`, log-linear between its points; nan if never."""
+    """Training tokens at which a falling curve first reaches `target`, log-linear between its
+    points; nan if never."""
     tokens, values = np.asarray(list(tokens), float), np.asarray(list(values), float)
     below = np.flatnonzero(values <= target)
     if len(below) == 0:
@@ -70,71 +75,89 @@ def tokens_to_reach(tokens: Iterable[float], values: Iterable[float], target: fl
 
 
 def l0_at_equal(l0: Iterable[float], errors: Iterable[float], error: float) -> float:
-    """The L0 at which a front (log-log linear between its points) has this error; nan outside the front."""
+    """The L0 at which a front (log-log linear between its points) has this error; nan outside the
+    front."""
     points = sorted(zip(np.log(list(errors)), np.log(list(l0))))
     xs, ys = [x for x, _ in points], [y for _, y in points]
     return float(np.exp(np.interp(np.log(error), xs, ys, left=np.nan, right=np.nan)))
 
 
-def error_at_equal(l0: Iterable[float], errors: Iterable[float], at: float) -> float:
-    """The error of a front at this L0, log-log linear between its points; beyond its ends, that of the nearest point."""
+def error_at_equal(l0: Iterable[float], errors: Iterable[float], wanted: float) -> float:
+    """The error of a front at this L0, log-log linear between its points; beyond its ends, that of
+    the nearest point."""
     points = sorted(zip(np.log(list(l0)), np.log(list(errors))))
-    return float(np.exp(np.interp(np.log(at), [x for x, _ in points], [y for _, y in points])))
+    return float(np.exp(np.interp(np.log(wanted), [x for x, _ in points], [y for _, y in points])))
 
 
-def bootstrap(statistic: Callable[[np.ndarray], float], groups: list[np.ndarray], draws: int = 1000, seed: int = 0,
+def bootstrap(statistic: Callable[[np.ndarray], float], groups: list[np.ndarray],
+              draws: int = 1000, seed: int = 0,
               level: float = 0.95) -> tuple[float, float, float]:
-    """(estimate, low, high) of the mean over groups (seeds) of a statistic over members (features), both resampled."""
+    """(estimate, low, high) of the mean over groups (seeds) of a statistic over members (features).
+
+    Both groups and members are resampled.
+    """
     generator = np.random.default_rng(seed)
     groups = [np.asarray(group) for group in groups if len(group)]
     if not groups:
         return float("nan"), float("nan"), float("nan")
+
+    def resampled(group: np.ndarray) -> float:
+        return statistic(generator.choice(group, len(group)))
+
     drawn = []
     for _ in range(draws):
         picked = generator.integers(len(groups), size=len(groups))
-        drawn.append(np.mean([statistic(generator.choice(groups[i], len(groups[i]))) for i in picked]))
+        drawn.append(np.mean([resampled(groups[i]) for i in picked]))
     low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2])
     return float(np.mean([statistic(group) for group in groups])), low, high
 
 
 @torch.no_grad()
-def reconstruction(sae: SAE, x: torch.Tensor, t: torch.Tensor, batch: int = 1024) -> dict[str, float]:
-    """nmse, fvu, l0 and the share of features that never fire on pairs x (m, d), t (m,).
+def reconstruction(sae: SAE, x: torch.Tensor, t: torch.Tensor,
+                   batch: int = 1024) -> dict[str, float]:
+    """nmse, fvu, l0 and the share of features that never fire (dead) on x (m, d) raw, t (m,).
 
-    With a table also: `lookup_nmse`, the error of the table alone (b_dec + W_lookup[t], no features), and `lookup_share`,
-    the share of the variance that the whole SAE explains which the table explains alone.
+    With a table also: lookup_nmse, the error of the table alone (b_dec + W_lookup[t], no
+    features), and lookup_share, the share of the variance that the whole SAE explains which the
+    table explains alone.
     """
-    errors, lookup_errors, firings, summed, lookup_summed = [], [], 0, 0.0, 0.0
+    errors, lookup_errors, squared, lookup_squared, firings = [], [], 0.0, 0.0, 0
     fired = torch.zeros(sae.n, dtype=torch.bool, device=x.device)
     for a, tokens in zip(x.split(batch), t.split(batch)):
         (a_hat, active, firing), alone = sae.reconstructed(a, tokens), sae.table_alone(tokens)
-        errors.append(squared_errors(a, a_hat)), lookup_errors.append(squared_errors(a, alone))
-        summed, lookup_summed = summed + (a - a_hat).square().sum(), lookup_summed + (a - alone).square().sum()
+        errors.append(squared_errors(a, a_hat))
+        lookup_errors.append(squared_errors(a, alone))
+        squared = squared + (a - a_hat).square().sum()
+        lookup_squared = lookup_squared + (a - alone).square().sum()
         firings, fired = firings + active, fired | firing
     variance = (x - x.mean(0)).square().sum()
-    result = dict(nmse=torch.cat(errors).mean().item(), fvu=(summed / variance).item(),
+    result = dict(nmse=torch.cat(errors).mean().item(), fvu=(squared / variance).item(),
                   l0=firings / len(x), dead=1 - fired.float().mean().item())
     if sae.lookup != "none":
+        share = (1 - lookup_squared / variance) / (1 - squared / variance)
         result |= dict(lookup_nmse=torch.cat(lookup_errors).mean().item(),
-                       lookup_share=((1 - lookup_summed / variance) / (1 - summed / variance)).item())
+                       lookup_share=share.item())
     return result
 
 
 def table_drift(sae: SAE, start: torch.Tensor, seen: torch.Tensor) -> dict[str, float]:
-    """Cosine and norm ratio of the table to its `start` (V, d, raw), averaged over the token ids `seen` in training."""
+    """Cosine and norm ratio of the table to its `start` (V, d, raw), averaged over the token ids
+    `seen` in training."""
     table, start = sae.W_lookup.detach()[seen] * sae.scale, start[seen]
     return dict(table_cosine=torch.cosine_similarity(table, start, dim=-1).mean().item(),
                 table_norm_ratio=(table.norm(dim=-1) / start.norm(dim=-1)).mean().item())
 
 
 def ablations(tail: Callable, mean: torch.Tensor) -> dict[str, float]:
-    """Cross-entropy in nats over `tail` (see lm.LM.tail): clean, and with its activations set to zero and to their mean."""
+    """Cross-entropy in nats over `tail` (see lm.LM.tail): clean, and with its activations set to
+    zero and to their mean."""
     return dict(ce_clean=tail(None), ce_zero=tail(lambda x, t: torch.zeros_like(x)),
                 ce_mean=tail(lambda x, t: mean.expand_as(x)))
 
 
 def cross_entropy(sae: SAE, tail: Callable, baseline: dict[str, float]) -> dict[str, float]:
-    """ce_added and ce_recovered (against mean ablation) with the reconstruction patched in; `baseline` from `ablations`."""
+    """ce_added and ce_recovered (against mean ablation) with the reconstruction patched in;
+    `baseline` from `ablations`."""
     patched = tail(sae)
     result = dict(ce_added=ce_added(patched, baseline["ce_clean"]),
                   ce_recovered=ce_recovered(patched, baseline["ce_clean"], baseline["ce_mean"]))

@@ -14,8 +14,8 @@ from tsae.sae import SAE
 class Response:
     """Codes of m isolated inputs (unigrams `[BOS, t]` or longer), reduced to one row a feature.
 
-    above (len(thresholds), n): inputs with a code above each threshold; best (n, top): the inputs with
-    the largest codes, strongest first, -1 where fewer fired.
+    above (len(thresholds), n): inputs with a code above each threshold; best (n, top): the inputs
+    with the largest codes, strongest first, -1 where fewer fired.
     """
 
     above: np.ndarray
@@ -30,7 +30,8 @@ def respond(sae: SAE, x: torch.Tensor, t: torch.Tensor, thresholds: list[float],
     """
     codes = encoded(sae, x, t)
     feature = np.repeat(np.arange(sae.n), np.diff(codes.indptr))
-    above = [np.bincount(feature[codes.data > threshold], minlength=sae.n) for threshold in thresholds]
+    above = [np.bincount(feature[codes.data > threshold], minlength=sae.n)
+             for threshold in thresholds]
     return Response(np.stack(above), strongest(codes, top)[0])
 
 

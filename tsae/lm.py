@@ -1,9 +1,9 @@
 """Any Hugging Face causal language model: residual activations, unigrams, patched cross-entropy.
 
-The residual stream at layer L is the input of block L (resid_pre), for L in 0 .. n_layers - 1. In models
-with LayerNorm its mean over d_model is taken out: every reader of the stream subtracts it anyway, so the
-model computes the same, and reconstruction errors become comparable with those on centred weights.
-RMSNorm models are left as they are. This is the only file that knows nnsight.
+The residual stream at layer L is the input of block L (resid_pre), for L in 0 .. n_layers - 1. In
+models with LayerNorm its mean over d_model is taken out: every reader of the stream subtracts it
+anyway, so the model computes the same, and reconstruction errors become comparable with those on
+centred weights. RMSNorm models are left as they are. This is the only file that knows nnsight.
 """
 
 import hashlib
@@ -30,7 +30,8 @@ class Layer:
     """The residual stream at one layer, as functions: what pairs (x, t) are made from.
 
     residuals(tokens (b, T)) -> x (b, T, d) float32; keep(tokens) -> (b, T) bool, the positions that
-    count; unigrams() -> A([BOS, t])[1] for all V token ids, (V, d); identity: what names these numbers.
+    count; unigrams() -> A([BOS, t])[1] for all V token ids, (V, d); identity: what names these
+    numbers.
     """
 
     number: int
@@ -44,7 +45,8 @@ class Layer:
 
 
 class LM:
-    """A causal LM and its tokenizer. `centred` tells whether residuals have zero mean over d_model."""
+    """A causal LM and its tokenizer. `centred` tells whether residuals have zero mean over
+    d_model."""
 
     def __init__(self, model: nn.Module, tokenizer, name: str = ""):
         self.model, self.tokenizer = model.eval().requires_grad_(False), tokenizer
@@ -71,7 +73,8 @@ class LM:
 
     @property
     def ordinary(self) -> torch.Tensor:
-        """The ids (m,) of tokens that are not special: no BOS, no rows that only pad the embedding."""
+        """The ids (m,) of tokens that are not special: no BOS, no rows that only pad the
+        embedding."""
         ids = torch.arange(min(self.vocabulary, len(self.tokenizer)))
         return ids[~torch.isin(ids, self.special)].to(self.device)
 
@@ -85,7 +88,8 @@ class LM:
         return state.hexdigest()
 
     def layer_number(self, wanted: int) -> int:
-        """`wanted` where the model has that layer; -1 is two thirds of the way up, the paper's 8 of 12."""
+        """`wanted` where the model has that layer; -1 is two thirds of the way up, the paper's 8 of
+        12."""
         number = round(self.n_layers * 2 / 3) if wanted == -1 else wanted
         self._check_layers([number])
         return number
@@ -132,10 +136,11 @@ class LM:
     def _logits(self, tokens: torch.Tensor, layer: int, residuals: torch.Tensor | None, where,
                 patch: Callable[[torch.Tensor], torch.Tensor] | None,
                 columns: int = 0) -> torch.Tensor:
-        """Logits of the last `columns` (0: of all) of tokens (b, T), with the stream patched at `layer`.
+        """Logits of the last `columns` (0: of all) of tokens (b, T), with the stream patched at
+        `layer`.
 
-        `patch(x) -> x_hat` replaces the residuals x (m, d) at the positions `where`, any index of (b, T).
-        Given the `residuals` (b, T, d) at that layer, the blocks below are skipped.
+        `patch(x) -> x_hat` replaces the residuals x (m, d) at the positions `where`, any index of
+        (b, T). Given the `residuals` (b, T, d) at that layer, the blocks below are skipped.
         """
         extra = dict(logits_to_keep=columns) if columns else {}
         with self.traced.trace(input_ids=tokens, use_cache=False, **extra):
@@ -184,13 +189,8 @@ class LM:
         logits = self._logits(tokens, layer, residuals, (row, column), patch, columns=T - first)
         return logits[row, column - first].float()
 
-    def mean_nats(self, rows: torch.Tensor, layer: int = 0, patch: Patch | None = None) -> float:
-        """`nats` averaged over all counted positions of rows (N, T)."""
-        parts = _progress(self._split(rows), "cross-entropy")
-        return torch.cat([self.nats(part, layer, patch) for part in parts]).mean().item()
-
     def tail(self, rows: torch.Tensor, layer: int) -> Callable[[Patch | None], float]:
-        """The function patch -> mean_nats(rows (N, T), layer, patch) that runs the blocks from `layer` on.
+        """The function patch -> mean `nats` over rows (N, T), that runs the blocks from `layer` on.
 
         The residuals of the rows are computed once and kept in memory, (N, T, d) float32.
         """
@@ -213,14 +213,15 @@ class LM:
     def _check_layers(self, layers: Sequence[int]) -> None:
         wrong = [layer for layer in layers if not 0 <= layer < self.n_layers]
         if wrong or not layers:
-            raise ValueError(f"layer {', '.join(map(str, wrong)) or '(none)'} was asked for: {self.name} "
-                             f"has layers 0 to {self.n_layers - 1} (the input of each block)")
+            asked = ", ".join(map(str, wrong)) or "(none)"
+            raise ValueError(f"layer {asked} was asked for: {self.name} has layers 0 to "
+                             f"{self.n_layers - 1} (the input of each block)")
 
     def _checked(self, tokens: torch.Tensor, layers: Sequence[int]) -> torch.Tensor:
         self._check_layers(layers)
         if tokens.shape[1] > self.max_context:
-            raise ValueError(f"rows of {tokens.shape[1]} tokens were given: {self.name} reads at most "
-                             f"{self.max_context}; choose a smaller `context`")
+            raise ValueError(f"rows of {tokens.shape[1]} tokens were given: {self.name} reads at "
+                             f"most {self.max_context}; choose a smaller `context`")
         return tokens.to(self.device, torch.long)
 
 
@@ -250,9 +251,9 @@ def load(model: str, bos_token: str = "", device: str = "auto", dtype: str = "fl
     except Exception as error:  # many types stand for "not there", "no network", "damaged"
         said = f"{type(error).__name__}: {str(error).splitlines()[0]}"
         raise ValueError(
-            f"the model {path!r} could not be loaded as a causal LM with its tokenizer ({said}): give a "
-            "folder in Hugging Face format with safetensors weights, or a hub name that this machine can "
-            "reach") from error
+            f"the model {path!r} could not be loaded as a causal LM with its tokenizer ({said}): "
+            "give a folder in Hugging Face format with safetensors weights, or a hub name that "
+            "this machine can reach") from error
     if bos_token:
         if bos_token not in tokenizer.get_vocab():
             raise ValueError(f"`bos_token` is {bos_token!r}, which is no token of {path}")

@@ -13,9 +13,11 @@ import plotly.graph_objects as go
 
 from tsae import store
 
+WIDTH, HEIGHT = 860, 460  # pixels, of a figure that states no other size
+
 
 def write_picture(figure: go.Figure, path: Path) -> None:
-    """Write the figure as PNG where there is a Chrome to draw it."""
+    """Write the figure as PNG. Without a Chrome nothing is written."""
     image = picture(figure, 1.5)
     if image:
         with store.replacing(path) as temporary:
@@ -23,21 +25,24 @@ def write_picture(figure: go.Figure, path: Path) -> None:
 
 
 def picture(figure: go.Figure, scale: float = 1.0) -> bytes | None:
-    """The figure as PNG, or None where there is no Chrome to draw it (or TSAE_PNG=0)."""
+    """The figure as PNG. None where there is no Chrome to draw it, and with TSAE_PNG=0 set."""
     if os.environ.get("TSAE_PNG") == "0" or not (painter := _painter()).works:
         return None
-    size = dict(width=figure.layout.width or 860, height=figure.layout.height or 460)
-    return painter.wait(lambda browser: browser.calc_fig(figure, dict(format="png", scale=scale, **size)))
+    options = dict(format="png", scale=scale, width=figure.layout.width or WIDTH,
+                   height=figure.layout.height or HEIGHT)
+    return painter.wait(lambda browser: browser.calc_fig(figure, options))
 
 
 class _Painter:
-    """One browser for all pictures of a process, on a thread of its own; `works` turns False for good when it fails.
+    """One browser for all pictures of a process, on a thread of its own.
 
-    kaleido's own server is not used: without a Chrome its thread dies, and who asks it for a picture waits for ever.
+    `works` turns False for good at the first failure. kaleido's own server is not used: without a
+    Chrome its thread dies, and whoever asks it for a picture waits for ever.
     """
 
     def __init__(self, patience_s: float = 60.0):
-        self.works, self.patience_s, self.loop = True, patience_s, asyncio.new_event_loop()
+        self.works, self.patience_s, self.browser = True, patience_s, None
+        self.loop = asyncio.new_event_loop()
         threading.Thread(target=self.loop.run_forever, daemon=True).start()
         self.browser = self.wait(self._opened)
         atexit.register(self.close)
@@ -48,13 +53,14 @@ class _Painter:
         return browser
 
     def wait(self, work: Callable[[kaleido.Kaleido | None], Coroutine]) -> object | None:
-        """What `work`, given the browser, comes to; None where it fails or takes longer than `patience_s`."""
-        future = asyncio.run_coroutine_threadsafe(work(getattr(self, "browser", None)), self.loop)
+        """The result of `work(browser)`; None where it fails or takes longer than `patience_s`."""
+        future = asyncio.run_coroutine_threadsafe(work(self.browser), self.loop)
         try:
             return future.result(self.patience_s)
-        except Exception:  # kaleido's, choreographer's and the browser's own errors: a picture is never worth a run
+        except Exception:  # kaleido's, the browser's, ...: a picture is never worth a run
             future.cancel()
             self.works = False
+            return None
 
     def close(self) -> None:
         if self.browser:

@@ -1,12 +1,12 @@
-"""The sparse autoencoder with a lookup table: one class, that needs nothing else of this package but its kernels.
+"""The sparse autoencoder with a lookup table: one class, which needs only the kernels beside it.
 
     f(a_t)  = act(W_enc (a_t - b_dec) + b_enc)                    equation 1
     a_hat_t = W_dec^T f(a_t) + b_dec + W_lookup[t]                equation 2
 
-`a_t` is the activation at a position whose token is `t`. Without a table the last term is missing and `t` is ignored, so
-that training, sweeps and evaluation treat both kinds alike. Rows are things: W_enc (n, d), W_dec (n, d), W_lookup (V, d).
-All weights live in units of `scale` (the rms entry of the centred activations); `encode` takes and `decode` returns raw
-activations, codes are in units of `scale`. Equations: Dooms and Wilhelm, arXiv 2502.17332.
+(Dooms and Wilhelm, arXiv 2502.17332.) `a_t` is the activation at a position whose token is `t`.
+Without a table the last term is missing and `t` is ignored: training and evaluation treat both
+alike. Rows are things: W_enc (n, d), W_dec (n, d), W_lookup (V, d). Weights and codes are in units
+of `scale`, the rms entry of the centred activations; `encode` takes, `decode` returns raw ones.
 """
 
 import json
@@ -15,142 +15,101 @@ import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.functional import embedding, mse_loss, relu, threshold
 
-from tsae.kernels import (
-    Bound,
-    Support,
-    kth_largest,
-    kth_of_rows,
-    preactivations,
-    select_above,
-    select_top,
-    sum_rows,
-    total,
-)
+from tsae.kernels import Bound, Gated, JumpReLU, Support, kth_largest, preactivations
+from tsae.kernels import select_above, select_top, sum_rows, total
 
+# A new activation: name it here, make its parameters in SAE.__init__ and give it a case in SAE.act.
+# If its codes or gradients need pre-activations below 0, say so in SAE._bound. That is all.
 ACTIVATIONS = ("relu", "topk", "batchtopk", "jumprelu", "gated")
 LOOKUPS = ("none", "frozen", "learned")
-KthLargest = Callable[[torch.Tensor, int], torch.Tensor]  # values (m,), k -> the k-th largest, a scalar
+SEES = ("full", "rest")
+CONFIG, WEIGHTS = "config.json", "weights.safetensors"
+KthLargest = Callable[[Tensor, int], Tensor]  # values (m,), k -> the k-th largest, a scalar
 
 
-def where_positive(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """x where y > 0, else 0. In one vectorised pass, which masks and torch.where take several times as long for."""
-    return torch.ops.aten.threshold_backward(x, y, 0.0)
+class Active(NamedTuple):
+    """The codes of a batch, and what the loss needs beside them."""
 
+    codes: Tensor  # all (b, n), or those of a support's pairs, (b, k) or (m,)
+    support: Support | None = None
+    penalty: Tensor | float = 0.0  # what `sparsity` weighs, averaged over the batch
+    gates: Tensor | None = None  # gated: the codes of the gate, in the shape of `codes`
+    least: Tensor | None = None  # batchtopk: the least value kept
 
-def threshold_at(x: torch.Tensor, least: torch.Tensor) -> torch.Tensor:
-    """x where it is `least` or more, else 0."""
-    return threshold(x, torch.nextafter(least, least.new_tensor(-math.inf)).item(), 0.0)
-
-
-def at(p: torch.Tensor, support: Support | None) -> torch.Tensor:
-    """Of p (n,), one value a feature: those of the pairs of `support`, or all."""
-    return p if support is None else p[support.index]
-
-
-class _JumpReLU(torch.autograd.Function):
-    """Codes and mean L0 of pre (b, n), or of the pairs of a support, with thresholds theta (n,), which a step gives no
-    gradient: inside a window of width `bandwidth` around them it is taken to be 1 / bandwidth (Rajamanoharan et al. 2024,
-    equations 11 and 12)."""
-
-    @staticmethod
-    def forward(ctx, pre, log_theta, bandwidth, support):
-        theta = log_theta.exp()
-        above = pre - at(theta, support)
-        codes = where_positive(pre, above)  # theta is positive: what is above it needs no ReLU
-        ctx.save_for_backward(codes, above.abs_().neg_().add_(bandwidth / 2), theta)
-        ctx.bandwidth, ctx.support, ctx.b = bandwidth, support, len(pre) if support is None else support.b
-        return codes, torch.count_nonzero(codes) / ctx.b
-
-    @staticmethod
-    def backward(ctx, g, g_l0):
-        codes, inside, theta = ctx.saved_tensors
-        pull = where_positive(torch.addcmul(g_l0 / ctx.b, g, at(theta, ctx.support)), inside)
-        return where_positive(g, codes), -total(pull, ctx.support) * theta / ctx.bandwidth, None, None
-
-
-class _Gated(torch.autograd.Function):
-    """Codes and gates of pre = W x + b_enc (b, n), or of the pairs of a support: the magnitudes share W, scaled by
-    exp(r_mag) (Rajamanoharan et al. 2024b). The derivative by hand takes half of the passes over (b, n)."""
-
-    @staticmethod
-    def forward(ctx, pre, b_enc, r_mag, b_mag, support):
-        gain, gates = r_mag.exp(), relu(pre)
-        magnitudes = torch.addcmul(at(b_mag - b_enc * gain, support), pre, at(gain, support)).relu_()
-        codes = where_positive(magnitudes, gates)
-        ctx.save_for_backward(codes, gates, b_enc, gain)
-        ctx.support = support
-        return codes, gates
-
-    @staticmethod
-    def backward(ctx, g, g_gates):
-        codes, gates, b_enc, gain = ctx.saved_tensors
-        g = where_positive(g, codes)
-        g_b = total(g, ctx.support)
-        g_pre = torch.addcmul(where_positive(g_gates, gates), g, at(gain, ctx.support))
-        return g_pre, -g_b * gain, (total(g * gates, ctx.support) - g_b * b_enc) * gain, g_b, None
-
-
-def _fired(codes: torch.Tensor, support: Support | None) -> torch.Tensor:
-    """(n,) bool: the features with a code above 0."""
-    return (codes.amax(0) if support is None else total(codes, support)) > 0
+    def fired(self) -> Tensor:
+        """(n,) bool: the features with a code above 0."""
+        codes = self.codes.detach()
+        return (codes.amax(0) if self.support is None else total(codes, self.support)) > 0
 
 
 class SAE(nn.Module):
-    """A sparse autoencoder over activations of width `d_model` with `n` features, with or without a lookup table.
+    """A sparse autoencoder of `n` features over activations of width `d_model`.
 
     activation  relu | topk | batchtopk | jumprelu | gated; `k` is used by topk and batchtopk
     vocabulary  rows V of the table, used when `lookup` is frozen or learned
-    encoder_sees  "full": the activation (the paper); "rest": the activation minus its row of the table
-    aux_lookup  gated only: whether the auxiliary reconstruction adds the table (the authors' code leaves it out)
-    bandwidth   jumprelu only: width of the window in which thresholds receive a gradient, in units of `scale`
+    encoder_sees  "full": the activation (the paper); "rest": the activation minus its table row
+    aux_lookup  gated only: whether the auxiliary reconstruction adds the table (the authors': no)
+    bandwidth   jumprelu only: width of the window in which thresholds receive a gradient
     """
 
-    def __init__(self, d_model: int, n: int, activation: str = "topk", k: int = 32, vocabulary: int = 0,
-                 lookup: str = "none", encoder_sees: str = "full", scale: float = 1.0, aux_lookup: bool = True,
-                 bandwidth: float = 0.5):
+    def __init__(self, d_model: int, n: int, activation: str = "topk", k: int = 32,
+                 vocabulary: int = 0, lookup: str = "none", encoder_sees: str = "full",
+                 scale: float = 1.0, aux_lookup: bool = True, bandwidth: float = 0.5):
         super().__init__()
-        if activation not in ACTIVATIONS or lookup not in LOOKUPS or encoder_sees not in ("full", "rest"):
-            raise ValueError(f"got activation {activation!r}, lookup {lookup!r}, encoder_sees {encoder_sees!r}; expected "
-                             f"one of {ACTIVATIONS}, one of {LOOKUPS}, and 'full' or 'rest'")
+        if activation not in ACTIVATIONS or lookup not in LOOKUPS or encoder_sees not in SEES:
+            raise ValueError(f"got activation {activation!r}, lookup {lookup!r}, encoder_sees "
+                             f"{encoder_sees!r}; expected one of {ACTIVATIONS}, {LOOKUPS}, {SEES}")
         if "topk" in activation and not 1 <= k <= n:
             raise ValueError(f"k is {k}: it must lie between 1 and the number of features n = {n}")
         if lookup != "none" and vocabulary < 1:
-            raise ValueError(f"a {lookup} lookup needs `vocabulary`, the number of token ids of the language model")
+            raise ValueError(f"a {lookup} lookup needs `vocabulary`, the number of token ids")
         if not scale > 0:
-            raise ValueError(f"scale is {scale}: it must be positive (the rms entry of the centred activations)")
-        self.config = dict(d_model=d_model, n=n, activation=activation, k=k, vocabulary=vocabulary, lookup=lookup,
-                           encoder_sees=encoder_sees, scale=float(scale), aux_lookup=aux_lookup, bandwidth=bandwidth)
-        self.__dict__.update(self.config)
-        self.W_enc, self.b_enc = nn.Parameter(torch.zeros(n, d_model)), nn.Parameter(torch.zeros(n))
-        self.W_dec, self.b_dec = nn.Parameter(torch.zeros(n, d_model)), nn.Parameter(torch.zeros(d_model))
+            raise ValueError(f"scale is {scale}: the rms entry of the activations must be positive")
+        self._configure(dict(d_model=d_model, n=n, activation=activation, k=k,
+                             vocabulary=vocabulary, lookup=lookup, encoder_sees=encoder_sees,
+                             scale=float(scale), aux_lookup=aux_lookup, bandwidth=bandwidth))
+        self.W_enc, self.b_enc = _zeros(n, d_model), _zeros(n)
+        self.W_dec, self.b_dec = _zeros(n, d_model), _zeros(d_model)
         if lookup != "none":
-            self.W_lookup = nn.Parameter(torch.zeros(vocabulary, d_model), requires_grad=lookup == "learned")
+            self.W_lookup = _zeros(vocabulary, d_model).requires_grad_(lookup == "learned")
         if activation == "jumprelu":
             self.log_threshold = nn.Parameter(torch.full((n,), 2.0).log())
         if activation == "batchtopk":
             self.register_buffer("threshold", torch.tensor(-1.0))  # below 0: no batch seen yet
         if activation == "gated":
-            self.r_mag, self.b_mag = nn.Parameter(torch.zeros(n)), nn.Parameter(torch.zeros(n))
+            self.r_mag, self.b_mag = _zeros(n), _zeros(n)
+
+    def _configure(self, config: dict) -> None:
+        """Keep the arguments of __init__: as attributes, and for `save` as `config`."""
+        self.config = config
+        self.d_model, self.n, self.k = config["d_model"], config["n"], config["k"]
+        self.activation, self.bandwidth = config["activation"], config["bandwidth"]
+        self.vocabulary, self.lookup = config["vocabulary"], config["lookup"]
+        self.encoder_sees, self.aux_lookup = config["encoder_sees"], config["aux_lookup"]
+        self.scale = config["scale"]
 
     @torch.no_grad()
-    def start(self, mean: torch.Tensor, table: torch.Tensor | None = None, table_scale: float = 1.0,
+    def start(self, mean: Tensor, table: Tensor | None = None, table_scale: float = 1.0,
               encoder_scale: float = 1.0, encoder: str = "transpose", seed: int = 0) -> "SAE":
-        """Initialise in place and return self. `mean` (d,): mean activation left over by the table; `table` (V, d): raw.
+        """Initialise in place and return self.
 
-        The decoder's rows are random directions; the encoder is `encoder_scale` x W_dec ("transpose") or Kaiming-normal.
+        `mean` (d,): the mean activation less its table row; `table` (V, d): raw. Decoder rows are
+        random directions; the encoder is `encoder_scale` x W_dec ("transpose") or Kaiming-normal.
         """
         generator = torch.Generator().manual_seed(seed)
         self.W_dec.copy_(torch.randn(self.W_dec.shape, generator=generator))
         self.normalise()
         if encoder == "kaiming":
-            self.W_enc.copy_(nn.init.kaiming_normal_(torch.empty(self.W_enc.shape), generator=generator))
+            empty = torch.empty(self.W_enc.shape)
+            self.W_enc.copy_(nn.init.kaiming_normal_(empty, generator=generator))
         elif encoder == "transpose":
             self.W_enc.copy_(self.W_dec * encoder_scale)
             if self.activation == "jumprelu":
@@ -160,8 +119,9 @@ class SAE(nn.Module):
         self.b_dec.copy_(mean / self.scale)
         if self.lookup != "none" and table is not None:
             if table.shape != self.W_lookup.shape:
-                raise ValueError(f"the start of the table has shape {tuple(table.shape)}, expected one row per token and "
-                                 f"one column per coordinate: {tuple(self.W_lookup.shape)}")
+                raise ValueError(
+                    f"the table given has shape {tuple(table.shape)}, expected one row per token "
+                    f"and one column per coordinate: {tuple(self.W_lookup.shape)}")
             self.W_lookup.copy_(table * (table_scale / self.scale))
         return self
 
@@ -170,53 +130,79 @@ class SAE(nn.Module):
         """Give every decoder row unit norm."""
         self.W_dec /= self.W_dec.norm(dim=-1, keepdim=True).clamp_min(1e-8)
 
-    def row(self, t: torch.Tensor | None) -> torch.Tensor | float:
+    def row(self, t: Tensor | None) -> Tensor | float:
         """W_lookup[t] (b, d) in units of `scale`, or 0.0 without a table."""
         if self.lookup == "none":
             return 0.0
         if t is None:
-            raise ValueError("this SAE has a lookup table: pass the token ids `t` of the positions beside x")
+            raise ValueError("this SAE has a lookup table: pass the token ids `t` beside x")
         if t.numel() and not 0 <= int(t.min()) <= int(t.max()) < self.vocabulary:
-            raise ValueError(f"token ids run from {int(t.min())} to {int(t.max())}, the lookup table has rows 0 to "
-                             f"{self.vocabulary - 1}: was it trained with another tokenizer?")
+            raise ValueError(f"token ids run from {int(t.min())} to {int(t.max())}, the table has "
+                             f"rows 0 to {self.vocabulary - 1}: is it of another tokenizer?")
         return embedding(t.long(), self.W_lookup, sparse=True)
 
-    def encoder_input(self, z: torch.Tensor, t: torch.Tensor | None) -> torch.Tensor:
-        """What the encoder sees of z (b, d), in units of `scale`: all, or with encoder_sees="rest" less the token's row."""
+    def encoder_input(self, z: Tensor, t: Tensor | None) -> Tensor:
+        """What the encoder sees of z (b, d) in units of `scale`: all of it, or less its row."""
         return z - self.row(t) if self.encoder_sees == "rest" else z
 
-    def preactivations(self, x: torch.Tensor, t: torch.Tensor | None = None) -> torch.Tensor:
-        """W_enc (a_t - b_dec) + b_enc, (b, n)."""
-        return preactivations(self.encoder_input(x / self.scale, t), self.b_dec, self.W_enc, self.b_enc)
+    def preactivations(self, x: Tensor, t: Tensor | None = None) -> Tensor:
+        """W_enc (a_t - b_dec) + b_enc (b, n) of raw x (b, d)."""
+        z = self.encoder_input(x / self.scale, t)
+        return preactivations(z, self.b_dec, self.W_enc, self.b_enc)
 
-    def encode(self, x: torch.Tensor, t: torch.Tensor | None = None) -> torch.Tensor:
+    def encode(self, x: Tensor, t: Tensor | None = None) -> Tensor:
         """Equation 1: codes (b, n), never negative, of raw activations x (b, d)."""
-        pre = self.preactivations(x, t)
-        if self.activation == "topk":
-            values, index = pre.topk(self.k, dim=-1, sorted=False)
-            return torch.zeros_like(pre).scatter(-1, index, relu(values))
-        return self._codes(pre, None)[0]
+        return self.act(self.preactivations(x, t)).codes
 
-    def decode(self, codes: torch.Tensor, t: torch.Tensor | None = None) -> torch.Tensor:
-        """Equation 2: reconstructed raw activations (b, d) from codes (b, n) and token ids t (b,)."""
+    def decode(self, codes: Tensor, t: Tensor | None = None) -> Tensor:
+        """Equation 2: raw activations (b, d) reconstructed from codes (b, n) and tokens t (b,)."""
         return (codes @ self.W_dec + self.b_dec + self.row(t)) * self.scale
 
-    def table_alone(self, t: torch.Tensor) -> torch.Tensor:
-        """Equation 2 without features: b_dec + W_lookup[t], raw (b, d), for token ids t (b,)."""
+    def table_alone(self, t: Tensor) -> Tensor:
+        """Equation 2 without features: b_dec + W_lookup[t], raw (b, d), of token ids t (b,)."""
         return (self.b_dec + self.row(t)).expand(len(t), -1) * self.scale
 
-    def forward(self, x: torch.Tensor, t: torch.Tensor | None = None) -> torch.Tensor:
-        """The reconstruction of raw activations x (b, d); topk never builds the dense codes."""
+    def forward(self, x: Tensor, t: Tensor | None = None) -> Tensor:
+        """The reconstruction (b, d) of raw x (b, d); topk never builds the dense codes."""
         if self.activation != "topk":
             return self.decode(self.encode(x, t), t)
-        return (sum_rows(*self.selected(x / self.scale, t), self.W_dec) + self.b_dec + self.row(t)) * self.scale
+        return self._rebuilt(self._active(x / self.scale, t), t) * self.scale
 
-    def selected(self, z: torch.Tensor, t: torch.Tensor | None) -> tuple[torch.Tensor, Support]:
-        """Top-k codes (b, k) of activations z (b, d) in units of `scale`, and their features."""
-        return select_top(self.encoder_input(z, t), self.b_dec, self.W_enc, self.b_enc, self.k)
+    def act(self, pre: Tensor, support: Support | None = None,
+            kth: KthLargest = kth_largest) -> Active:
+        """act of equation 1, on all pre-activations (b, n) or those of the pairs of a support."""
+        if self.activation == "topk":  # `selected` finds the same ones without dense codes
+            values, index = pre.topk(self.k, dim=-1, sorted=False)
+            return Active(torch.zeros_like(pre).scatter(-1, index, relu(values)))
+        if self.activation == "batchtopk":
+            b = len(pre) if support is None else support.b
+            least = self._least(pre.detach().flatten(), b, kth)
+            just_below = torch.nextafter(least, least.new_tensor(-math.inf)).item()
+            return Active(threshold(pre, just_below, 0.0), support, least=least)
+        if self.activation == "jumprelu":
+            codes, l0 = JumpReLU.apply(pre, self.log_threshold, self.bandwidth, support)
+            return Active(codes, support, l0)
+        if self.activation == "gated":
+            codes, gates = Gated.apply(pre, self.b_enc, self.r_mag, self.b_mag, support)
+            return Active(codes, support, self._weighed(gates, support), gates)
+        codes = relu(pre)
+        return Active(codes, support, self._weighed(codes, support))
+
+    def _weighed(self, codes: Tensor, support: Support | None) -> Tensor:
+        """The mean over positions of the sum of codes x decoder norms."""
+        norms = self.W_dec.norm(dim=-1)
+        if support is None:
+            return (codes @ norms).mean()
+        return total(codes, support) @ norms / support.b
+
+    def _least(self, values: Tensor, b: int, kth: KthLargest) -> Tensor:
+        """batchtopk: the least value kept: in training the (k * b)-th, in use a mean of those."""
+        if b and (self.training or self.threshold < 0):
+            return kth(values, self.k * b).clamp_min(0)
+        return self.threshold
 
     def _bound(self, b: int, kth: KthLargest) -> Bound | None:
-        """For `select_above`: what a pre-activation must reach to matter, to codes or to gradients; None: all matter."""
+        """What a pre-activation must reach to matter to codes or gradients; None: all matter."""
         if self.b_enc.is_cuda:
             return None
         if self.activation == "batchtopk":
@@ -226,127 +212,115 @@ class SAE(nn.Module):
             return bound if (bound > 0).all() else None
         return self.b_enc.new_zeros(())
 
-    def _codes(self, pre: torch.Tensor, support: Support | None, kth: KthLargest = kth_largest, learn: bool = False) -> tuple:
-        """Codes, the mean of what `sparsity` weighs, and gated's gates, of pre-activations: all (b, n), or those of the
-        pairs of `support`, of which codes and gates then are, too."""
-        if self.activation == "batchtopk":
-            return self._kept(pre, len(pre) if support is None else support.b, kth, learn), 0.0, None
-        if self.activation == "jumprelu":
-            return *_JumpReLU.apply(pre, self.log_threshold, self.bandwidth, support), None
-        if self.activation == "gated":
-            codes, gates = _Gated.apply(pre, self.b_enc, self.r_mag, self.b_mag, support)
-            return codes, self._weighed(gates, support), gates
-        codes = relu(pre)
-        return codes, self._weighed(codes, support), None
+    def selected(self, z: Tensor, t: Tensor | None) -> tuple[Tensor, Support]:
+        """topk: codes (b, k) of z (b, d) in units of `scale`, and their features."""
+        return select_top(self.encoder_input(z, t), self.b_dec, self.W_enc, self.b_enc, self.k)
 
-    def _weighed(self, codes: torch.Tensor, support: Support | None) -> torch.Tensor:
-        """The mean over positions of the sum of codes x decoder norms."""
-        norms = self.W_dec.norm(dim=-1)
-        return (codes @ norms).mean() if support is None else total(codes, support) @ norms / support.b
+    def _active(self, z: Tensor, t: Tensor | None, kth: KthLargest = kth_largest) -> Active:
+        """Equation 1 on z (b, d) in units of `scale`; of the active features only, if few."""
+        if self.activation == "topk":
+            return Active(*self.selected(z, t))
+        seen, bound = self.encoder_input(z, t), self._bound(len(z), kth)
+        pre, support = select_above(seen, self.b_dec, self.W_enc, self.b_enc, bound)
+        return self.act(pre, support, kth)
 
-    def _least(self, values: torch.Tensor, b: int, kth: KthLargest) -> torch.Tensor:
-        """batchtopk: the least value kept. The k * b-th of a training batch; in use, a running mean of what that was."""
-        if b and (self.training or self.threshold < 0):
-            return kth(values, self.k * b).clamp_min(0)
-        return self.threshold
+    def _rebuilt(self, active: Active, t: Tensor | None) -> Tensor:
+        """Equation 2 in units of `scale` (b, d)."""
+        return sum_rows(active.codes, active.support, self.W_dec) + self.b_dec + self.row(t)
 
-    def _kept(self, values: torch.Tensor, b: int, kth: KthLargest, learn: bool) -> torch.Tensor:
-        """batchtopk: the values that are kept, 0 for the others; `learn` moves the running mean."""
-        least = self._least(values.detach().flatten(), b, kth)
-        if learn and b:
-            self.threshold.copy_(least if self.threshold < 0 else 0.9 * self.threshold + 0.1 * least)
-        return threshold_at(values, least)
+    @torch.no_grad()
+    def reconstructed(self, x: Tensor, t: Tensor | None = None) -> tuple[Tensor, int, Tensor]:
+        """Raw x (b, d) reconstructed (b, d), the number of codes above 0, what fires (n,) bool."""
+        active = self._active(x / self.scale, t)
+        a_hat = self._rebuilt(active, t) * self.scale
+        return a_hat, int((active.codes > 0).sum()), active.fired()
 
-    def loss(self, x: torch.Tensor, t: torch.Tensor | None = None, sparsity: float = 0.0,
-             dead: torch.Tensor | None = None, aux_weight: float = 1 / 32,
-             kth: KthLargest = kth_largest) -> dict[str, torch.Tensor]:
-        """Squared error summed over d_model, averaged over the batch, in units of scale^2, plus the architecture's terms.
+    def loss(self, x: Tensor, t: Tensor | None = None, sparsity: float = 0.0,
+             dead: Tensor | None = None, aux_weight: float = 1 / 32,
+             kth: KthLargest = kth_largest) -> dict[str, Tensor]:
+        """Squared error summed over d_model, averaged over the batch, in units of scale^2, plus:
 
-        relu, gated: sparsity x sum of codes x decoder norms; jumprelu: sparsity x L0; gated: the auxiliary error; topk and
-        batchtopk: AuxK over the features marked in `dead` (n,) bool. Returns loss, z_hat (b, d) in units of `scale`,
-        fired (n,) bool, and codes: (b, k) for topk; else (b, n), or (m,) where they are few (see select_above).
+        relu, gated: sparsity x sum of codes x decoder norms; jumprelu: sparsity x L0; gated: the
+        error of its gates; topk, batchtopk: AuxK over the features marked in `dead` (n,) bool.
+        Returns loss, z_hat (b, d) in units of `scale`, fired (n,) bool, and codes: (b, k) for topk,
+        else (b, n), or (m,) where they are few. `kth` finds the k-th largest value of a batch that
+        ranks share. In training mode this moves batchtopk's threshold; nothing else does.
         """
         z = x / self.scale
-        codes, support, penalty, gates = self._active(z, t, kth, learn=self.training)
-        z_hat = sum_rows(codes, support, self.W_dec) + self.b_dec + self.row(t)
-        loss = mse_loss(z_hat, z, reduction="sum") / len(z) + sparsity * penalty
-        if gates is not None:
+        active = self._active(z, t, kth)
+        if self.training and active.least is not None and len(z):
+            moved = 0.9 * self.threshold + 0.1 * active.least  # a running mean
+            self.threshold.copy_(active.least if self.threshold < 0 else moved)
+        z_hat = self._rebuilt(active, t)
+        loss = mse_loss(z_hat, z, reduction="sum") / len(z) + sparsity * active.penalty
+        if active.gates is not None:  # trains the gates, not the decoder
             row = self.row(t).detach() if self.aux_lookup and self.lookup != "none" else 0.0
-            z_gate = sum_rows(gates, support, self.W_dec.detach()) + self.b_dec.detach() + row  # trains gates, not decoder
+            rebuilt = sum_rows(active.gates, active.support, self.W_dec.detach())
+            z_gate = rebuilt + self.b_dec.detach() + row
             loss = loss + mse_loss(z_gate, z, reduction="sum") / len(z)
         if aux_weight and "topk" in self.activation and dead is not None and dead.any():
             loss = loss + aux_weight * self.auxk(z, t, (z - z_hat).detach(), dead)
-        return dict(loss=loss, z_hat=z_hat.detach(), fired=_fired(codes.detach(), support), codes=codes.detach())
+        codes, fired = active.codes.detach(), active.fired()
+        return dict(loss=loss, z_hat=z_hat.detach(), fired=fired, codes=codes)
 
-    def _active(self, z: torch.Tensor, t: torch.Tensor | None, kth: KthLargest = kth_largest, learn: bool = False) -> tuple:
-        """Codes of z (b, d) in units of `scale`, their Support, and penalty and gates as in `_codes`."""
-        if self.activation == "topk":
-            return *self.selected(z, t), 0.0, None
-        pre, support = select_above(self.encoder_input(z, t), self.b_dec, self.W_enc, self.b_enc, self._bound(len(z), kth))
-        codes, penalty, gates = self._codes(pre, support, kth, learn)
-        return codes, support, penalty, gates
+    def auxk(self, z: Tensor, t: Tensor | None, error: Tensor, dead: Tensor) -> Tensor:
+        """AuxK (Gao et al. 2024): the error of the d_model / 2 strongest dead features on `error`.
 
-    @torch.no_grad()
-    def reconstructed(self, x: torch.Tensor, t: torch.Tensor | None = None) -> tuple[torch.Tensor, int, torch.Tensor]:
-        """Of raw x (b, d): the reconstruction (b, d), how many codes are above 0, and which features fire (n,) bool."""
-        codes, support, _, _ = self._active(x / self.scale, t)
-        a_hat = (sum_rows(codes, support, self.W_dec) + self.b_dec + self.row(t)) * self.scale
-        return a_hat, int((codes > 0).sum()), _fired(codes, support)
-
-    def auxk(self, z: torch.Tensor, t: torch.Tensor | None, error: torch.Tensor, dead: torch.Tensor) -> torch.Tensor:
-        """AuxK (Gao et al. 2024): how far the d_model / 2 strongest dead features are from explaining `error` (b, d).
-
-        z (b, d), t (b,), dead (n,) bool; activations in units of `scale`.
+        z and error (b, d) in units of `scale`, t (b,), dead (n,) bool.
         """
         W, bias, rows = self.W_enc[dead], self.b_enc[dead], self.W_dec[dead]
-        k = min(max(1, self.d_model // 2), len(W))
-        z = self.encoder_input(z, t).detach()
+        half = max(1, self.d_model // 2)
+        k = min(half, len(W))
+        z, centre = self.encoder_input(z, t).detach(), self.b_dec.detach()
         if len(W) <= 16 * k:  # so few that whole rows of codes cost less than sorting the pairs
-            pre = preactivations(z, self.b_dec.detach(), W, bias)
-            codes = relu(pre) * (pre >= kth_of_rows(pre.detach(), k))
+            pre = preactivations(z, centre, W, bias)
+            codes = relu(pre) * (pre >= kth_largest(pre.detach(), k).unsqueeze(1))
             explained = sum_rows(codes, None, rows)
         else:
-            explained = sum_rows(*select_top(z, self.b_dec.detach(), W, bias, k), rows)
-        return min(1.0, len(W) / max(1, self.d_model // 2)) * mse_loss(explained, error, reduction="sum") / len(z)
+            explained = sum_rows(*select_top(z, centre, W, bias, k), rows)
+        return min(1.0, len(W) / half) * mse_loss(explained, error, reduction="sum") / len(z)
 
     def save(self, folder: str | Path) -> Path:
-        """Write `config.json` and `weights.safetensors`; the weights appear last, whole or not at all.
-
-        Raises OSError with a sentence when the disk is full or read-only: what was saved there before stays.
-        """
+        """Write config.json, then weights.safetensors, or leave what is there and raise OSError."""
         folder = Path(folder)
-        written = {name: folder / f".{os.getpid()}-{name}" for name in ("config.json", "weights.safetensors")}
+        paths = folder / CONFIG, folder / WEIGHTS
+        drafts = [path.with_name(f".{os.getpid()}-{path.name}") for path in paths]
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            written["config.json"].write_text(json.dumps(self.config, indent=2) + "\n")
-            save_file(self.state_dict(), written["weights.safetensors"])
-            for temporary in written.values():
-                with open(temporary, "rb") as file:
+            drafts[0].write_text(json.dumps(self.config, indent=2) + "\n")
+            save_file(self.state_dict(), drafts[1])
+            for draft in drafts:
+                with open(draft, "rb") as file:
                     os.fsync(file.fileno())
-            (folder / "weights.safetensors").unlink(missing_ok=True)  # never beside the config of another SAE
-            for name, temporary in written.items():
-                os.replace(temporary, folder / name)
+            paths[1].unlink(missing_ok=True)  # never beside the config of another SAE
+            for draft, path in zip(drafts, paths):
+                os.replace(draft, path)
         except (OSError, SafetensorError) as error:
-            raise OSError(f"the SAE could not be saved in {folder} ({error}): free some space there or choose another "
-                          "folder") from error
+            raise OSError(f"the SAE could not be saved in {folder} ({error}): free some space "
+                          "there or choose another folder") from error
         finally:
-            for temporary in written.values():
-                temporary.unlink(missing_ok=True)
+            for draft in drafts:
+                draft.unlink(missing_ok=True)
         return folder
 
     @classmethod
     def load(cls, folder: str | Path) -> "SAE":
-        """Rebuild an SAE, its table included, without its language model. Raises ValueError for a damaged folder."""
+        """Rebuild a saved SAE, in eval mode. Raises ValueError for a damaged folder."""
         folder = Path(folder)
-        if not (folder / "weights.safetensors").is_file() or not (folder / "config.json").is_file():
-            raise FileNotFoundError(f"{folder} is not a saved SAE: it needs config.json and weights.safetensors")
+        if not (folder / WEIGHTS).is_file() or not (folder / CONFIG).is_file():
+            raise FileNotFoundError(f"{folder} is not a saved SAE: it needs {CONFIG} and {WEIGHTS}")
         try:
-            sae = cls(**json.loads((folder / "config.json").read_text()))
-            sae.load_state_dict(load_file(folder / "weights.safetensors"))
-        except (SafetensorError, json.JSONDecodeError, UnicodeDecodeError, TypeError, RuntimeError) as error:
-            raise ValueError(f"the SAE in {folder} is damaged or of another version ({error}): save it again") from None
+            sae = cls(**json.loads((folder / CONFIG).read_text()))
+            sae.load_state_dict(load_file(folder / WEIGHTS))
+        except (SafetensorError, ValueError, TypeError, RuntimeError) as error:
+            raise ValueError(f"the SAE in {folder} is damaged or of another version ({error}): "
+                             "save it again") from None
         wrong = [name for name, p in sae.named_parameters() if not torch.isfinite(p).all()]
         if wrong:
-            raise ValueError(f"{', '.join(wrong)} of the SAE in {folder} have NaN or infinite values: train it again with a "
-                             "smaller rate")
+            raise ValueError(f"{', '.join(wrong)} of the SAE in {folder} have NaN or infinite "
+                             "values: train it again with a smaller rate")
         return sae.eval()
+
+
+def _zeros(*shape: int) -> nn.Parameter:
+    return nn.Parameter(torch.zeros(shape))

@@ -1,4 +1,4 @@
-"""Where things lie, and how they are written: to a temporary file first, then renamed, so nothing is ever half there."""
+"""Where things lie, and how they are written: whole or not at all, in a temporary file first."""
 
 import hashlib
 import json
@@ -17,20 +17,21 @@ from tqdm import tqdm
 
 ROOT = Path(os.environ.get("TSAE_HOME") or Path(__file__).resolve().parents[1])
 DATA = ROOT / "data"
-CACHE = Path(os.environ.get("TSAE_CACHE") or DATA / "cache")  # tokens and activations, made again when they are missing
+CACHE = Path(os.environ.get("TSAE_CACHE") or DATA / "cache")  # is made anew where it is missing
 EMBEDDED = DATA / "embedded"
 STANDARD = {"model": "embedded", "corpus": "docstrings"}
 
 
 def model_path(name: str) -> str:
-    """Where a language model lies: the folder of the embedded one for "embedded", else the name itself."""
+    """Where a language model lies: a folder here for "embedded", else the name itself."""
     return str(EMBEDDED) if name == "embedded" else name
 
 
 def run_folder(run_name: str, **inputs: str) -> Path:
-    """Where a run keeps its tables, figures and SAEs: data/runs/<run_name>, or `run_name` itself if it is a whole path.
+    """Where a run keeps its tables, figures and SAEs.
 
-    Without a name it is the `inputs` (model, corpus) that name the folder: "embedded" for the defaults, else a hash.
+    That is data/runs/<run_name>, or `run_name` itself if it is an absolute path. Without a name the
+    `inputs` (model, corpus) name the folder: "embedded" for the defaults, else a hash.
     """
     standard = all(inputs[name] == default for name, default in STANDARD.items() if name in inputs)
     return DATA / "runs" / (run_name or ("embedded" if standard else key(**inputs)))
@@ -38,23 +39,23 @@ def run_folder(run_name: str, **inputs: str) -> Path:
 
 @contextmanager
 def replacing(path: str | Path):
-    """Yields a temporary path beside `path`; it takes the place of `path` when the block ends without an error.
+    """Yields a temporary path beside `path`. It replaces `path` if the block ends without an error.
 
-    What safetensors raises on a full disk is no OSError: here it becomes one.
+    What safetensors raises on a full disk is no OSError. Here it becomes one.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
+    handle, temporary = tempfile.mkstemp(path.suffix, f".{path.stem}-", path.parent)
     os.close(handle)
     try:
         yield Path(temporary)
         with open(temporary, "rb") as written:
-            os.fsync(written.fileno())
+            os.fsync(written.fileno())  # the bytes before the name, should the machine stop
         os.chmod(temporary, 0o644)  # mkstemp makes files that only their owner can read
         os.replace(temporary, path)
     except SafetensorError as error:
-        raise OSError(f"{path} could not be written ({error}): free some space there or choose another "
-                      "folder") from error
+        raise OSError(f"{path} could not be written ({error}): free some space there or choose "
+                      "another folder") from error
     finally:
         Path(temporary).unlink(missing_ok=True)
 
@@ -67,15 +68,16 @@ def write_text(path: str | Path, text: str) -> Path:
 
 
 def write_json(path: str | Path, value: object) -> Path:
+    """Write a value as JSON with sorted keys. What JSON does not know becomes its `str`."""
     return write_text(path, json.dumps(value, indent=2, sort_keys=True, default=str) + "\n")
 
 
 def read_json(path: str | Path) -> dict:
-    """A json object from disk. Raises ValueError with the file's name when it is not one."""
+    """A JSON object from disk. Raises ValueError with the file's name when it is not one."""
     try:
         value = json.loads(Path(path).read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid JSON ({error}): restore it or make it again") from None
+        raise ValueError(f"{path} is not valid JSON ({error}): restore or make it again") from None
     if not isinstance(value, dict):
         raise ValueError(f"{path} holds a {type(value).__name__} where a JSON object was expected")
     return value
@@ -94,13 +96,15 @@ def read_table(path: str | Path, made_by: str = "") -> pd.DataFrame:
     return pd.read_csv(path, keep_default_na=False, na_values=[""], lineterminator="\n")
 
 
-def result(folder: Path, name: str, table: pd.DataFrame, notebook: str, **parameters: object) -> None:
-    """Write a result table to `folder`/tables/<name>.csv, and its line in the manifest there: what made it, from what."""
+def result(folder: Path, name: str, table: pd.DataFrame, notebook: str,
+           **parameters: object) -> None:
+    """Write a result table to folder/tables/<name>.csv, and what made it to the manifest there."""
     path = write_table(folder / "tables" / f"{name}.csv", table)
     manifest = folder / "tables" / "manifest.json"
     lines = read_json(manifest) if manifest.is_file() else {}
-    versions = {package: version(package) for package in ("torch", "transformers", "nnsight", "datasets")}
-    lines[path.name] = dict(sha256=digest(path), notebook=notebook, parameters=parameters, versions=versions)
+    packages = ("torch", "transformers", "nnsight", "datasets")
+    lines[path.name] = dict(sha256=digest(path), notebook=notebook, parameters=parameters,
+                            versions={package: version(package) for package in packages})
     write_json(manifest, lines)
 
 
@@ -113,7 +117,7 @@ def write_tensors(path: str | Path, tensors: dict[str, torch.Tensor]) -> Path:
 
 
 def read_tensors(path: str | Path) -> dict[str, torch.Tensor] | None:
-    """What `write_tensors` wrote; None where there is no such file, and where it is damaged, which a line on stderr says."""
+    """What `write_tensors` wrote. None for no such file, and, with a line on stderr, for damage."""
     if not Path(path).is_file():
         return None
     try:
@@ -125,11 +129,13 @@ def read_tensors(path: str | Path) -> dict[str, torch.Tensor] | None:
         reason = "its checksum differs" if noted else "it has no checksum"
     except SafetensorError as error:
         reason = str(error)
-    tqdm.write(f"{path} is damaged or of an older version ({reason}): it is made anew", file=sys.stderr)
+    tqdm.write(f"{path} is damaged or of an older version ({reason}): it is made anew",
+               file=sys.stderr)
     return None
 
 
 def _content(tensors: dict[str, torch.Tensor]) -> str:
+    """sha256 over names, dtypes, shapes and bytes, as hex."""
     state = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         state.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
@@ -144,5 +150,6 @@ def digest(path: str | Path) -> str:
 
 
 def key(**parameters: object) -> str:
-    """Twelve hex digits that name these parameters: equal for equal parameters, whatever their order."""
-    return hashlib.sha256(json.dumps(parameters, sort_keys=True, default=str).encode()).hexdigest()[:12]
+    """Twelve hex digits that name these parameters, whatever their order."""
+    text = json.dumps(parameters, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]

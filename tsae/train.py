@@ -1,4 +1,5 @@
-"""Training: what one step does (`Run.step`), how SAEs start and learn (`RECIPES`), and one loop (`fit`)."""
+"""Training: what one step does (`Run.step`), how SAEs start and learn (`RECIPES`), and one loop
+(`fit`)."""
 
 import math
 import warnings
@@ -18,10 +19,12 @@ SPIKE = 10.0  # a batch whose loss is so many times its running mean is no batch
 
 
 class RowAdam(torch.optim.Optimizer):
-    """Adam for tables with sparse gradients: only rows of the batch move, each with a step count of its own.
+    """Adam for tables with sparse gradients: only rows of the batch move, each with a step count of
+    its own.
 
     A row's first step is then lr in every coordinate, as for any parameter. Dense Adam would go on
-    moving a row for dozens of steps after its token was seen, and pass over the whole table each time.
+    moving a row for dozens of steps after its token was seen, and pass over the whole table each
+    time.
     """
 
     ROWS = 256  # handled at a time, so that they stay in the caches from the first line to the last
@@ -71,7 +74,8 @@ def learning_rate(progress: float, schedule: str, last: float) -> float:
 class Alone:
     """What a process that trains tells the others that share its batch: alone, nothing.
 
-    Where there are others, an object with the same four members takes its place (scale.parallel.Ranks).
+    Where there are others, an object with the same four members takes its place
+    (scale.parallel.Ranks).
     """
 
     world = 1
@@ -89,12 +93,12 @@ class Alone:
 class Run:
     """One SAE in training: its optimisers, its dead counters, its history, and where it stands.
 
-    Adam moves everything but the table, RowAdam moves the table at `table_lr`, in units of the SAE's
-    scale; both rates follow `schedule` over `tokens`. `sparsity` rises linearly over the first
-    `sparsity_warmup` of training. A feature is dead when it has not fired for `dead_after_tokens`.
-    `check(sae) -> dict` adds columns to the history at `checks` points, evenly spaced in log tokens
-    (fewer where one batch crosses several). `seed` only names the SAE where something goes wrong.
-    `exchange`: see Alone.
+    Adam moves everything but the table, RowAdam moves the table at `table_lr`, in units of the
+    SAE's scale; both rates follow `schedule` over `tokens`. `sparsity` rises linearly over the
+    first `sparsity_warmup` of training. A feature is dead when it has not fired for
+    `dead_after_tokens`. `check(sae) -> dict` adds columns to the history at `checks` points, evenly
+    spaced in log tokens (fewer where one batch crosses several). `seed` only names the SAE where
+    something goes wrong. `exchange`: see Alone.
     """
 
     def __init__(self, sae: SAE, tokens: int, lr: float = 1e-3, table_lr: float = 1e-2,
@@ -119,8 +123,8 @@ class Run:
         self.optimisers = [(torch.optim.Adam(rest, lr=lr, fused=True), lr)]
         if table:
             self.optimisers.append((RowAdam(table, table_lr), table_lr))
-        device = sae.b_enc.device
-        self.silent = torch.zeros(sae.n, dtype=torch.long, device=device)  # tokens since it last fired
+        # For each feature, the tokens since it last fired.
+        self.silent = torch.zeros(sae.n, dtype=torch.long, device=sae.b_enc.device)
         self.seen, self.logged, self.history = 0, 0, []
         self.usual_loss: float | None = None  # a running mean
         self.checks_left = [tokens * 100 ** (i / checks - 1) for i in range(1, checks + 1)]
@@ -130,8 +134,9 @@ class Run:
         while self.seen < self.tokens:
             x, t = next(pairs, (None, None))
             if x is None:
-                raise ValueError(f"{self.tokens} tokens of training were asked for, the activations "
-                                 f"ended after {self.seen}: give more text, or train on fewer")
+                raise ValueError(f"{self.tokens} tokens of training were asked for, the "
+                                 f"activations ended after {self.seen}: give more text, or train "
+                                 "on fewer")
             yield x.to(self.silent.device), t.to(self.silent.device)
 
     def step(self, x: torch.Tensor, t: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -147,7 +152,7 @@ class Run:
         dead = self.silent >= self.dead_after_tokens
         out = self.sae.loss(x, t, sparsity, dead, self.aux_weight, self.exchange.kth_largest)
         self._refuse_nan(out["loss"])
-        torch.autograd.backward(out["loss"])  # nnsight's Tensor.backward reads source code, in no thread
+        torch.autograd.backward(out["loss"])  # nnsight's own Tensor.backward works in no thread
         fired, loss = self.exchange.share(self.sae, out["fired"], out["loss"])
         self._soften(loss)
         for optimiser, _ in self.optimisers:
@@ -167,12 +172,13 @@ class Run:
                                  "tokens: lower `lr`, or check the activations for outliers")
 
     def refuse_nan_weights(self) -> None:
-        """Raises FloatingPointError that names the parameters with NaN or infinite values, if any."""
+        """Raises FloatingPointError that names the parameters with NaN or infinite values, if
+        any."""
         wrong = [name for name, p in self.sae.named_parameters() if not torch.isfinite(p).all()]
         if wrong:
             raise FloatingPointError(
-                f"{', '.join(wrong)} of the {self.name} have NaN or infinite values after {self.seen} "
-                "tokens: lower `lr`, or check the activations for outliers")
+                f"{', '.join(wrong)} of the {self.name} have NaN or infinite values after "
+                f"{self.seen} tokens: lower `lr`, or check the activations for outliers")
 
     def _soften(self, loss: float) -> None:
         """Scale the gradients of a batch whose loss is over SPIKE times the usual one down to that.
@@ -182,8 +188,8 @@ class Run:
         if self.usual_loss and loss > (most := SPIKE * self.usual_loss):
             warnings.warn(
                 f"the loss of the {self.name} jumps to {loss:.3g} after {self.seen} tokens, "
-                f"{loss / self.usual_loss:.0f} times the usual: the step counts as one of a tenfold "
-                "loss. If it comes again, look at the activations there, or lower `lr`",
+                f"{loss / self.usual_loss:.0f} times the usual: the step counts as one of a "
+                "tenfold loss. If it comes again, look at the activations there, or lower `lr`",
                 RuntimeWarning, stacklevel=2)
             for p in self.sae.parameters():
                 if p.grad is not None:
@@ -200,7 +206,8 @@ class Run:
         return bool(self.checks_left) and self.seen >= min(self.checks_left[0], self.tokens)
 
     def line(self, x: torch.Tensor, out: dict[str, torch.Tensor]) -> dict[str, float]:
-        """The line of the history after the step on x (b, d) that gave `out`, and its check if due."""
+        """The line of the history after the step on x (b, d) that gave `out`, and its check if
+        due."""
         z, self.logged = x / self.sae.scale, self.seen
         values = dict(loss=out["loss"].item(), l0=(out["codes"] > 0).sum().item() / len(x),
                       nmse=squared_errors(z, out["z_hat"]).mean().item(),
@@ -223,8 +230,8 @@ class Run:
 def fit(sae: SAE, pairs: Iterator[Pair], tokens: int, quick: bool = False, **how) -> pd.DataFrame:
     """Train an SAE in place on `tokens` pairs (x (b, d) raw, t (b,)); returns its history.
 
-    `how` as in Run; `quick`: steps run inside `kernels.quick_products`. `scale.passes` has the loop for
-    many SAEs at once, with checkpoints, on many devices.
+    `how` as in Run; `quick`: steps run inside `kernels.quick_products`. `scale.passes` has the loop
+    for many SAEs at once, with checkpoints, on many devices.
     """
     run = Run(sae, tokens, **how)
     with tqdm(total=tokens, desc="training", unit="tok", unit_scale=True, leave=False) as progress:
@@ -237,9 +244,9 @@ def fit(sae: SAE, pairs: Iterator[Pair], tokens: int, quick: bool = False, **how
     return run.finish()
 
 
-# How a run starts and learns. "text" and "code" are the paper's two recipes: see the settings table of
-# the README. Rates are in units of the activation scale; table_lr 0 is the common rate. Without a table
-# the encoder starts at W_dec.
+# How a run starts and learns. "text" and "code" are the paper's two recipes: see the settings table
+# of the README. Rates are in units of the activation scale; table_lr 0 is the common rate. Without
+# a table the encoder starts at W_dec.
 _CODE = dict(start="unigram", table_scale=0.5, encoder="transpose", encoder_scale=0.5,
              encoder_sees="full", table_lr=1e-2, schedule="cosine", last_lr=0.3, aux_weight=0.0,
              aux_lookup=False)

@@ -15,285 +15,181 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from itertools import pairwise
+from collections.abc import Iterator
 from pathlib import Path
 from string import Template
 
 import numpy as np
 import pandas as pd
-import torch
-from scipy.sparse import csc_array
-from torch.nn.functional import normalize
 
 from tsae import store
-from tsae.codes import by_strength, encoded, firings, ordered_within
-from tsae.sae import SAE
-from tsae.scoring.dictionary import nearest_rows
+from tsae.browser.gather import NEAREST, Material, Pages, describe_rows, gather, matches, short
 
-BINS = 30  # of a histogram of codes, of equal width from 0 to the feature's largest code
-LISTED = 8  # tokens in each list of a feature, features in the list of a token
-NEAREST = 6
+__all__ = ["Material", "Pages", "data", "gather", "write", "write_one"]
+ASSETS = Path(__file__).parent
 PART = dict(features=64, tokens=256, rows=256)  # in one file of data
 GENERATOR = '<meta name="generator" content="tsae.browser">'
 MEANINGS = dict(frequency="share of the positions where it fires", peak_code="its largest code",
                 mean_code="its mean code where it fires")
 
 
-@dataclass
-class Material:
-    """Held-out text and what belongs to its language model, the same for every SAE that is shown.
+def script_json(value: object) -> str:
+    """JSON that can stand inside a <script>, or ValueError where there is a NaN.
 
-    x (m, d), t (m,): raw activations and tokens of m positions. rows (N, T): the token rows they
-    come from; places (m, 2): their row and column in these, from features.where. strings: the V
-    tokens as text. Optional, (V, d): unigrams, the activations of [BOS, t]; unembedding, the rows
-    that score next tokens, with the final norm's gain folded in.
+    It has no "<", so neither `</script>` nor `<!--`, and is ASCII, so that it has no U+2028.
     """
-
-    x: torch.Tensor
-    t: torch.Tensor
-    rows: torch.Tensor
-    places: np.ndarray
-    strings: list[str]
-    unigrams: torch.Tensor | None = None
-    unembedding: torch.Tensor | None = None
-
-    def __post_init__(self):
-        tokens, known = self.rows.cpu().numpy()[tuple(self.places.T)], len(self.strings)
-        if (not len(self.x) == len(self.t) == len(tokens)
-                or not np.array_equal(tokens, self.t.cpu().numpy())):
-            raise ValueError("x, t and places do not belong together: rows[places] must be t "
-                             "(see features.where)")
-        if (np.diff(self.places @ [self.rows.shape[1], 1]) <= 0).any():
-            raise ValueError("the places are not in reading order: take them from features.where")
-        if int(self.rows.max()) >= known:
-            raise ValueError(f"the text holds token {int(self.rows.max())}, there are strings for "
-                             f"{known}")
-        for name in ("unigrams", "unembedding"):
-            table = getattr(self, name)
-            if table is not None and len(table) != known:
-                raise ValueError(f"{name} has {len(table)} rows, there are strings for {known} "
-                                 "tokens")
+    return json.dumps(value, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
 
 
-@dataclass
-class Pages:
-    """What is shown of one SAE.
-
-    n: its features; scores: one row a live feature; features: one dict for each of these; tokens:
-    one dict for each token of the text; directions (live, d): the decoder's rows, of unit norm.
-    """
-
-    name: str
-    n: int
-    scores: pd.DataFrame
-    features: list[dict]
-    tokens: dict[int, dict]
-    directions: torch.Tensor
-
-
-def gather(sae: SAE, name: str, material: Material, scores: pd.DataFrame | None = None,
-           contexts_each: int = 8, seed: int = 0) -> Pages:
-    """One pass over the text, and everything that is shown of an SAE.
-
-    `scores` has a column "feature" and any others: numbers, text, or token ids where the name ends
-    in `_token`. Contexts are `contexts_each` of the strongest, of those nearest to the median code,
-    and of random ones; a row of text stands in each list once. Codes are in units of the SAE's
-    scale.
-    """
-    if sae.lookup != "none" and sae.vocabulary != len(material.strings):
-        raise ValueError(f"the table of {name!r} has {sae.vocabulary} rows, there are strings for "
-                         f"{len(material.strings)} tokens")
-    codes = encoded(sae, material.x, material.t)
-    live = np.flatnonzero(np.diff(codes.indptr))
-    if not len(live):
-        raise ValueError(f"no feature of {name!r} fires on this text: there is nothing to show")
-    codes = codes[:, live]  # from here on features are numbered 0 .. len(live) - 1
-    t = material.t.cpu().numpy().astype(np.int64)
-    pairs = _by_token(codes, t)
-
-    shown = dict(peak=short(_peak(codes)).tolist(), histogram=_histograms(codes).tolist(),
-                 contexts=_contexts(codes, material.places, contexts_each, seed),
-                 tokens=_tokens_of_features(codes, pairs), **_related(sae, live, material))
-    features = [dict(zip(shown, row)) for row in zip(*shown.values())]
-    tokens = _features_of_tokens(pairs, t, live)
-    if sae.lookup != "none":
-        _describe_rows(tokens, sae.W_lookup.detach().float() * sae.scale, "row")
-    directions = normalize(_decoder_rows(sae, live), dim=1)
-    return Pages(name, sae.n, _table(codes, live, scores), features, tokens, directions)
-
-
-def short(values: np.ndarray) -> np.ndarray:
-    """Float64 with four significant digits."""
-    values = np.asarray(values, np.float64)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        unit = 10.0 ** np.clip(3 - np.floor(np.log10(np.abs(values))), 0, 15)
-        rounded = np.round(values * unit) / unit
-    return np.where((values == 0) | ~np.isfinite(values), values, rounded)
-
-
-def leading(order: np.ndarray, group: np.ndarray, most: int) -> np.ndarray:
-    """The first `most` entries of each group, of an order that has one group after the other."""
-    ordered = group[order]
-    return order[np.arange(len(order)) - np.searchsorted(ordered, ordered) < most]
-
-
-def distinct(order: np.ndarray, key: np.ndarray) -> np.ndarray:
-    """An order without the entries whose key has come before."""
-    return order[np.sort(np.unique(key[order], return_index=True)[1])]
-
-
-def _lists(group: np.ndarray, n: int, *columns: Iterable) -> list[list[tuple]]:
-    """The rows of `columns`, in one list for each of n groups. `group` ascends."""
-    rows, ends = list(zip(*columns)), np.searchsorted(group, np.arange(n + 1))
-    return [rows[first:end] for first, end in pairwise(ends.tolist())]
-
-
-def _peak(codes: csc_array) -> np.ndarray:
-    """Each feature's largest code. All features of `codes` (m, live) fire, here and below."""
-    return np.maximum.reduceat(codes.data, codes.indptr[:-1])
-
-
-def _mass(codes: csc_array) -> np.ndarray:
-    """The sum of each feature's codes."""
-    return np.add.reduceat(codes.data, codes.indptr[:-1], dtype=np.float64)
-
-
-def _table(codes: csc_array, live: np.ndarray, scores: pd.DataFrame | None) -> pd.DataFrame:
-    """One row a live feature: frequency, peak_code, mean_code, then `scores`, which go first."""
-    count = np.diff(codes.indptr)
-    table = pd.DataFrame(dict(feature=live, frequency=count / codes.shape[0],
-                              peak_code=_peak(codes), mean_code=_mass(codes) / count))
-    if scores is None:
-        return table
-    if "feature" not in scores or scores["feature"].duplicated().any():
-        raise ValueError('the scores need a column "feature" that names every feature once')
-    ours = [name for name in table if name == "feature" or name not in scores]
-    columns = list(dict.fromkeys([*table, *scores]))
-    return table[ours].merge(scores, on="feature", how="left")[columns]
-
-
-def _histograms(codes: csc_array) -> np.ndarray:
-    """How many of each feature's codes fall into each bin (live, BINS). In float32, as codes are."""
-    feature = firings(codes)[1]
-    share = codes.data / _peak(codes)[feature]
-    bins = np.minimum(BINS * share, BINS - 1).astype(np.int64)
-    return np.bincount(feature * BINS + bins, minlength=BINS * codes.shape[1]).reshape(-1, BINS)
-
-
-def _contexts(codes: csc_array, places: np.ndarray, each: int, seed: int) -> list[dict[str, list]]:
-    """For each feature {kind: [(row, column, columns, codes)]}.
-
-    A context is a firing, in a row and column of text; columns and codes are those of all the
-    feature's firings in that row.
-    """
-    position, feature, code = firings(codes)
-    row, column = places[position].T
-    in_row = feature * (int(row.max()) + 1) + row  # ascends: firings are in reading order
-    columns, shown, found = column.tolist(), short(code).tolist(), {}
-    for kind, order in _orders(codes, seed).items():
-        chosen = leading(distinct(order, in_row), feature, each)
-        spans = list(zip(np.searchsorted(in_row, in_row[chosen]).tolist(),
-                         np.searchsorted(in_row, in_row[chosen], side="right").tolist()))
-        found[kind] = _lists(feature[chosen], codes.shape[1], row[chosen].tolist(),
-                             column[chosen].tolist(), [columns[a:b] for a, b in spans],
-                             [shown[a:b] for a, b in spans])
-    return [dict(zip(found, kinds)) for kinds in zip(*found.values())]
-
-
-def _orders(codes: csc_array, seed: int) -> dict[str, np.ndarray]:
-    """Orders (nnz,) of firings, by feature and then: strongest first, middle ranks first, random."""
-    feature, top = firings(codes)[1], by_strength(codes)
-    rank = np.empty(len(top), np.int64)
-    rank[top] = np.arange(len(top)) - codes.indptr[feature]  # 0 is the feature's strongest
-    last = np.diff(codes.indptr)[feature] - 1
-    from_middle = abs(2 * rank - last).astype(np.uint32)
-    lot = np.random.default_rng(seed).permutation(len(top)).astype(np.uint32)
-    return dict(top=top, middle=ordered_within(feature, from_middle),
-                random=ordered_within(feature, lot))
-
-
-def _by_token(codes: csc_array, t: np.ndarray) -> pd.DataFrame:
-    """One row for each feature and token on which it fires: feature, token, mass, fired.
-
-    mass is the sum of the codes there, fired their number.
-    """
-    position, feature, code = firings(codes)
-    above = int(t.max()) + 1
-    pair, entry = np.unique(feature * above + t[position], return_inverse=True)
-    feature, token = np.divmod(pair, above)
-    return pd.DataFrame(dict(feature=feature, token=token, mass=np.bincount(entry, code),
-                             fired=np.bincount(entry)))
-
-
-def _heaviest(pairs: pd.DataFrame, by: str) -> pd.DataFrame:
-    """The LISTED rows with the largest mass of each feature, or of each token: `by` says which."""
-    group = pairs[by].to_numpy()
-    return pairs.iloc[leading(np.lexsort((-pairs["mass"], group)), group, LISTED)]
-
-
-def _tokens_of_features(codes: csc_array, pairs: pd.DataFrame) -> list[list[tuple]]:
-    """For each feature [(token, its share of the feature's mass)]."""
-    best = _heaviest(pairs, "feature")
-    share = short(best["mass"] / _mass(codes)[best["feature"]])
-    return _lists(best["feature"], codes.shape[1], best["token"].tolist(), share.tolist())
-
-
-def _features_of_tokens(pairs: pd.DataFrame, t: np.ndarray, live: np.ndarray) -> dict[int, dict]:
-    """For each token of the text: the mean number of active features, and its strongest features.
-
-    features are [(feature, share of the token's positions where it fires, mean code there)].
-    """
-    seen, occurs = np.unique(t, return_counts=True)
-    best = _heaviest(pairs, "token")
-    place = np.searchsorted(seen, best["token"])
-    features = _lists(place, len(seen), live[best["feature"]].tolist(),
-                      short(best["fired"] / occurs[place]).tolist(),
-                      short(best["mass"] / best["fired"]).tolist())
-    fired = np.bincount(pairs["token"], pairs["fired"], minlength=len(occurs) and seen[-1] + 1)
-    l0 = short(fired[seen] / occurs).tolist()
-    return {token: dict(features=found, l0=level)
-            for token, found, level in zip(seen.tolist(), features, l0)}
-
-
-def matches(a: torch.Tensor, b: torch.Tensor, top: int, sign: int = 1) -> list[list[tuple]]:
-    """For every row of a, [(row of b, <a, b>)] of the `top` from `nearest_rows`."""
-    value, index = nearest_rows(a, b, top, sign)
-    return [list(zip(*row)) for row in zip(index.tolist(), short(value.numpy()).tolist())]
-
-
-def _decoder_rows(sae: SAE, live: np.ndarray) -> torch.Tensor:
-    return sae.W_dec.detach()[torch.as_tensor(live, device=sae.W_dec.device)].float()
-
-
-def _centred(table: torch.Tensor) -> torch.Tensor:
-    return normalize(table - table.mean(0), dim=1)
-
-
-def _related(sae: SAE, live: np.ndarray, material: Material) -> dict[str, list]:
-    """For each live feature, tokens by the direction it writes: next tokens that it promotes and
-    suppresses, the nearest unigrams, the nearest rows of the table."""
-    lists, directions = {}, _decoder_rows(sae, live)
-    unit = normalize(directions, dim=1)
-    if material.unembedding is not None:
-        centred = material.unembedding - material.unembedding.mean(0)
-        logits = centred.to(directions) * sae.scale
-        lists["promoted"] = matches(directions, logits, LISTED)
-        lists["suppressed"] = matches(directions, logits, LISTED, -1)
+def data(material: Material, pages: list[Pages], title: str, about: dict[str, str],
+         meanings: dict[str, str]) -> Iterator[tuple[str, object]]:
+    """Everything that the pages show, as pairs (key, value) of what is loaded at once."""
+    seen = set(material.t.tolist())
+    if not pages or any(set(page.tokens) != seen for page in pages):
+        raise ValueError("nothing to show, or pages that were gathered on another text: gather all "
+                         "of them on this one")
+    saes = [dict(name=page.name, n=page.n, live=len(page.scores), columns=_kinds(page))
+            for page in pages]
+    yield "about", dict(title=title, about={key: str(value) for key, value in about.items()},
+                        meanings=MEANINGS | meanings, part=PART, positions=len(material.t),
+                        saes=saes)
+    counts = np.bincount(material.t.cpu().numpy(), minlength=len(material.strings)).tolist()
+    yield "strings", dict(strings=material.strings, counts=counts)
+    yield from _parts("x", material.rows.tolist(), PART["rows"])
+    for i, page in enumerate(pages):
+        yield f"s{i}", _overview(page)
+        yield from _parts(f"s{i}f", _with_neighbours(page, pages), PART["features"])
+    tokens = {token: dict(saes=[page.tokens[token] for page in pages]) for token in pages[0].tokens}
     if material.unigrams is not None:
-        lists["unigrams"] = matches(unit, _centred(material.unigrams).to(unit), NEAREST)
-    if sae.lookup != "none":
-        lists["rows"] = matches(unit, _centred(sae.W_lookup.detach()).float(), NEAREST)
-    return lists
+        describe_rows(tokens, material.unigrams.float(), "unigram")
+    for first in range(0, len(material.strings), PART["tokens"]):
+        ids = range(first, first + PART["tokens"])
+        part = {token: tokens[token] for token in ids if token in tokens}
+        if part:
+            yield f"t{first // PART['tokens']}", part
 
 
-def _describe_rows(tokens: dict[int, dict], table: torch.Tensor, name: str) -> None:
-    """Add to each token's dict its row of `table` (V, d): norm, rank by it, nearest other rows."""
-    ids = list(tokens)
-    rows = table[torch.tensor(ids, device=table.device)]
-    norm, unit = rows.norm(dim=1).cpu().numpy(), _centred(rows)
-    rank = short(norm.argsort().argsort() / max(1, len(ids) - 1)).tolist()
-    for token, size, place, near in zip(ids, short(norm).tolist(), rank,
-                                        matches(unit, unit, NEAREST)):
-        tokens[token][name] = [size, place, [(ids[i], cosine) for i, cosine in near]]
+def _parts(name: str, values: list, size: int) -> Iterator[tuple[str, list]]:
+    for first in range(0, len(values), size):
+        yield f"{name}{first // size}", values[first:first + size]
+
+
+def _overview(page: Pages) -> dict[str, object]:
+    """What the list of an SAE's features shows and searches, a column at a time."""
+    tokens = {name: [[token for token, _ in found.get(name, [])] for found in page.features]
+              for name in ("tokens", "promoted")}
+    columns = {name: _column(page.scores[name], kind) for name, kind in _kinds(page).items()}
+    return dict(feature=page.scores["feature"].tolist(), shape=_shapes(page), columns=columns,
+                **tokens)
+
+
+def _shapes(page: Pages) -> list[str]:
+    """Each feature's histogram as a digit a bin, 9 for the fullest, 0 only for an empty one."""
+    counts = np.array([found["histogram"] for found in page.features])
+    levels = np.ceil(9 * counts / counts.max(axis=1, keepdims=True)).astype(int)
+    return ["".join(map(str, row)) for row in levels.tolist()]
+
+
+def _with_neighbours(page: Pages, pages: list[Pages]) -> list[dict]:
+    """The page's features, with the nearest features (feature, cosine) of each SAE as `near`."""
+    near = []
+    for other in pages:
+        feature = other.scores["feature"].tolist()
+        near.append([[(feature[i], cosine) for i, cosine in row]
+                     for row in matches(page.directions, other.directions, NEAREST)])
+    return [found | dict(near=row) for found, *row in zip(page.features, *near)]
+
+
+def _kinds(page: Pages) -> dict[str, str]:
+    """For each score "token", "number" or "text"."""
+    numeric = pd.api.types.is_numeric_dtype
+    return {name: "token" if name.endswith("_token") else "number" if numeric(column) else "text"
+            for name, column in page.scores.items() if name != "feature"}
+
+
+def _column(column: pd.Series, kind: str) -> list:
+    if kind == "text":
+        return ["" if missing else str(value) for value, missing in zip(column, column.isna())]
+    values = short(column.to_numpy(np.float64, na_value=np.nan))
+    return [value if np.isfinite(value) else None for value in values.tolist()]
+
+
+def _page(title: str, policy: str, head: str, scripts: str) -> str:
+    page = Template((ASSETS / "browser.html").read_text(encoding="utf-8"))
+    return page.substitute(title=html.escape(title), policy=policy, generator=GENERATOR, head=head,
+                           scripts=scripts)
+
+
+def write(folder: str | Path, material: Material, pages: list[Pages], title: str = "Features",
+          about: dict[str, str] | None = None, meanings: dict[str, str] | None = None) -> Path:
+    """Write the browser as a folder, whole or not at all; returns its index.html.
+
+    An older browser there is replaced. `about`: facts that the pages state (model, layer, text);
+    `meanings`: what a score is, by the name of its column.
+    """
+    folder = Path(folder)
+    if folder.exists() and not _replaceable(folder):
+        raise ValueError(f"{folder} is there and is no feature browser: name another folder, or "
+                         "move this one away")
+    policy = ("default-src 'none'; script-src 'self' file:; style-src 'self' file:; "
+              "base-uri 'none'; form-action 'none'")
+    page = _page(title, policy, '<link rel="stylesheet" href="browser.css">',
+                 '<script src="browser.js"></script>')
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    new = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
+    try:
+        (new / "data").mkdir()
+        for name in ("browser.css", "browser.js"):
+            shutil.copyfile(ASSETS / name, new / name)
+        for key, value in data(material, pages, title, about or {}, meanings or {}):
+            line = f'tsae("{key}",{script_json(value)})\n'
+            (new / "data" / f"{key}.js").write_text(line, encoding="ascii")
+        (new / "index.html").write_text(page, encoding="utf-8")
+        os.chmod(new, 0o755)  # mkdtemp makes folders that only their owner can read
+        _replace(folder, new)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+    return folder / "index.html"
+
+
+def _replaceable(folder: Path) -> bool:
+    if not folder.is_dir() or folder.is_symlink():
+        return False
+    index = folder / "index.html"
+    ours = index.is_file() and GENERATOR in index.read_text(encoding="utf-8", errors="replace")
+    return ours or not any(folder.iterdir())
+
+
+def _replace(folder: Path, new: Path) -> None:
+    """Put `new` where `folder` is, or leave `folder` as it was."""
+    old = new.with_name(f"{new.name}-old")
+    if folder.exists():
+        os.replace(folder, old)  # a folder cannot be renamed onto a full one
+    try:
+        os.replace(new, folder)
+    except OSError:
+        if old.exists():
+            os.replace(old, folder)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def write_one(path: str | Path, material: Material, pages: list[Pages], title: str = "Features",
+              about: dict[str, str] | None = None, meanings: dict[str, str] | None = None) -> Path:
+    """The same pages in one file.
+
+    A reader's machine loads it whole: good for thousands of features, not for tens of thousands.
+    """
+    style = (ASSETS / "browser.css").read_text(encoding="utf-8")
+    code = (ASSETS / "browser.js").read_text(encoding="utf-8")
+    policy = (f"default-src 'none'; script-src '{_digest(code)}'; style-src '{_digest(style)}'; "
+              "form-action 'none'")
+    blocks = [f'<script type="application/json" id="data-{key}">{script_json(value)}</script>'
+              for key, value in data(material, pages, title, about or {}, meanings or {})]
+    scripts = "\n".join([*blocks, f"<script>{code}</script>"])
+    return store.write_text(path, _page(title, policy, f"<style>{style}</style>", scripts))
+
+
+def _digest(part: str) -> str:
+    """What a policy names to allow this script or style and no other."""
+    return "sha256-" + base64.b64encode(hashlib.sha256(part.encode()).digest()).decode()

@@ -1,9 +1,8 @@
-"""Pairs (x, t) that can be read at random: in memory, or on disk in shards.
+"""Pairs (x, t) that can be read at random: in memory, or on disk in a store.
 
-A store is a folder: shards of bfloat16 activations (<number>.x) and int32 token ids (<number>.t), raw,
-little-endian, and `manifest.json`, which says what they are and holds their checksums. A file is
-written whole or not at all, the shards before the manifest that names them: a process may be killed
-at any instant.
+A store is a folder: shards of bfloat16 activations (<number>.x) and int32 token ids (<number>.t),
+raw, little-endian; and `manifest.json`, which says what they are and holds their checksums. A file
+is written whole or not at all, a shard before the manifest that names it: a kill does no harm.
 """
 
 import errno
@@ -15,6 +14,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -28,17 +28,18 @@ try:
 except ImportError:  # not a POSIX system: there two processes must not make one store at once
     fcntl = None
 
-FORMAT = "tsae-activations"
-# VERSION makes a store on disk old. Raise it by hand whenever the same rows and callables would give
-# other bytes or another layout; the golden-digest test in tests/test_shards.py guards it.
-VERSION = 1
-
+# The version makes a store on disk old. Raise it by hand whenever the same rows and callables would
+# give other bytes or another layout: the golden-digest test in tests/test_shards.py guards it.
+FORMAT, VERSION = "tsae-activations", 1
 HEAD = dict(d_model=int, dtype=str, identity=dict, made_of=dict, shards=list, complete=bool)
 SHARD = dict(name=str, first_row=int, last_row=int, tokens=int, sha256_x=str, sha256_t=str)
 LEFTOVER = re.compile(r"\.(\d+|manifest)-\w+\.(x|t|json)")  # a temporary file of store.replacing
+FULL, CLOSED = "its disk is full: make room", "it is read-only: choose another folder"
+REASONS = {errno.ENOSPC: FULL, errno.EDQUOT: FULL,
+           errno.EACCES: CLOSED, errno.EPERM: CLOSED, errno.EROFS: CLOSED}
 
 
-class _Pairs:
+class _Parts:
     """Pairs that can be read at random, in parts x (m, d), t (m,)."""
 
     def __init__(self, parts: list[Pair]):
@@ -54,13 +55,13 @@ class _Pairs:
         return statistics(tqdm(self.parts, "statistics", leave=False, disable=few), vocabulary)
 
 
-class Memory(_Pairs):
-    """Pairs x (m, d), t (m,) in memory, x in the dtype and on the device that it was given in."""
+class Memory(_Parts):
+    """Pairs x (m, d), t (m,) in memory, x in the dtype and on the device it was given."""
 
     def __init__(self, x: torch.Tensor, t: torch.Tensor):
         if len(x) != len(t) or not len(t):
-            raise ValueError(f"{len(x)} activations and {len(t)} tokens were given: expected as many "
-                             "of both, and some")
+            raise ValueError(f"{len(x)} activations and {len(t)} tokens were given: expected as "
+                             "many of both, and some")
         super().__init__([(x, t)])
 
     def gather(self, index: torch.Tensor) -> Pair:
@@ -70,77 +71,69 @@ class Memory(_Pairs):
         return x[index].float(), t[index].long()
 
 
-class Store(_Pairs):
-    """Pairs on disk. `make` writes a store or goes on with one, `open` reads a complete one.
+class Store(_Parts):
+    """Pairs on disk. `make` writes a store or goes on with it, `open` reads a complete one.
 
     Shards are mapped into memory, not read: what the system caches of them it can take back.
     """
 
     def __init__(self, folder: Path, manifest: dict):
-        self.folder, self.manifest, self.identity = folder, manifest, manifest["identity"]
-        super().__init__([_mapped(folder, line, manifest["d_model"]) for line in manifest["shards"]])
+        self.identity, d = manifest["identity"], manifest["d_model"]
+        super().__init__([_mapped(folder, shard, d) for shard in manifest["shards"]])
 
     @classmethod
-    def open(cls, folder: str | Path) -> "Store":
-        """A complete store.
-
-        Raises FileNotFoundError or ValueError that names what is missing, cut off or unknown.
-        """
+    def open(cls, folder: str | Path, checksums: bool = False) -> "Store":
+        """A complete store. Raises FileNotFoundError or ValueError that names what is wrong."""
         folder = Path(folder)
         manifest = _manifest(folder)
         if not manifest["complete"]:
-            raise ValueError(f"the store {folder} is not complete, it has {len(manifest['shards'])} "
-                             "shards so far: run Store.make with the same arguments to go on")
-        _check_faults(folder, manifest, checksums=False)
+            raise ValueError(
+                f"the store {folder} is not complete, it has {len(manifest['shards'])} shards so "
+                "far: run Store.make with the same arguments to go on")
+        if faults := _faults(folder, manifest, checksums):
+            raise ValueError(f"{'; '.join(faults.values())}: run Store.make with the same "
+                             "arguments, which mends it")
         return cls(folder, manifest)
 
     @classmethod
     def make(cls, folder: str | Path, rows: torch.Tensor, residuals: Callable, keep: Callable,
              d_model: int, identity: dict, tokens: int = 0, shard_tokens: int = 131072,
              max_gb: float = 50.0, batch_rows: int = 64, verify_gb: float = 4.0) -> "Store":
-        """The store of the positions that are kept of rows (N, T), the first `tokens` of them (0: all).
+        """The store of the pairs that `activations` gives, the first `tokens` of them (0: all).
 
-        `residuals` and `keep`: see `activations`; they get `batch_rows` rows at a time. A shard ends
-        with the pass that brings it to `shard_tokens` pairs. `identity` names the data (language
-        model, layer). A store that is there already must be of the same arguments: missing shards are
-        made, damaged ones made again, byte for byte. Sizes are always compared, checksums only where
-        the store has at most `verify_gb`. One process writes, others wait. Raises ValueError for
-        another identity, or a size over `max_gb` or the free space; OSError where the disk is full or
-        may not be written. Whole shards stay.
+        A shard ends with the pass that brings it to `shard_tokens` pairs. A store that is there
+        must be of the same arguments and `identity` (what names the data: language model, layer).
+        Missing shards are made, damaged ones made again, byte for byte. Sizes are always compared,
+        checksums where the store has at most `verify_gb`. One process writes, others wait.
+        Raises ValueError for another identity or a size over `max_gb` or the free space, OSError
+        for a disk that is full or may not be written. Whole shards stay.
         """
         if min(shard_tokens, batch_rows) < 1 or tokens < 0:
-            raise ValueError(f"got {shard_tokens=}, {batch_rows=}, {tokens=}: the first two must be "
-                             "positive")
+            raise ValueError(f"got {shard_tokens=}, {batch_rows=}, {tokens=}: the first two must "
+                             "be positive")
         folder = Path(folder)
         digest = hashlib.sha256(rows.cpu().to(torch.int32).contiguous().numpy()).hexdigest()
-        wanted = _empty_manifest(d_model, identity, made_of=dict(
-            rows=digest, shape=list(rows.shape), tokens=tokens, shard_tokens=shard_tokens,
-            batch_rows=batch_rows))
+        made_of = dict(rows=digest, shape=list(rows.shape), tokens=tokens,
+                       shard_tokens=shard_tokens, batch_rows=batch_rows)
+        wanted = dict(format=FORMAT, version=VERSION, d_model=d_model, dtype="bfloat16",
+                      identity=identity, made_of=made_of, shards=[], complete=False)
+        wanted = json.loads(json.dumps(wanted, default=str))  # as it will be read again
         plan = _plan(rows, keep, tokens, shard_tokens, batch_rows)
-        size = sum(_bytes(shard, kind, d_model) for shard in plan for kind in "xt")
+        size = sum(size for shard in plan for _, size, _ in _files(folder, shard, d_model))
         checksums = size <= verify_gb * 1e9
-
-        def pairs_of(shard: dict) -> Iterator[Pair]:
-            order = torch.arange(shard["first_row"], shard["last_row"])
-            return activations(rows, residuals, keep, batch_rows, order)
-
+        source = partial(activations, rows, residuals, keep, batch_rows)
         manifest = _begun(folder, wanted, plan)
         if not manifest["complete"] or _faults(folder, manifest, checksums):
             _check_room(folder, plan, d_model, size, max_gb)
-            with _locked(folder):
-                manifest = _begun(folder, wanted, plan)  # another process may have written meanwhile
-                _write_missing(folder, manifest, plan, pairs_of, checksums)
+            with _disk_errors_explained(folder), _locked(folder):
+                manifest = _begun(folder, wanted, plan)  # another process may have written since
+                _write_missing(folder, manifest, plan, source, checksums)
         return cls.open(folder)
 
-    def verify(self) -> None:
-        """Reads everything. Raises ValueError that names each file that has changed."""
-        _check_faults(self.folder, self.manifest, checksums=True)
-
     def gather(self, index: torch.Tensor) -> Pair:
-        """The pairs at index (b,) int64: x (b, d) float32, t (b,) int64. Raises IndexError.
+        """The pairs at index (b,) int64: x (b, d) float32, t (b,) int64.
 
-        The index is sorted, so that neighbours on disk are read one after the other; each shard fills
-        its own slice of the result, which at last goes back into the order that was asked for.
+        Sorted first, so that neighbours on disk are read one after the other. Raises IndexError.
         """
         if len(index) and not 0 <= index.min() <= index.max() < len(self):
             raise IndexError(f"the store has pairs 0 to {len(self) - 1}, got {int(index.min())} to "
@@ -149,38 +142,40 @@ class Store(_Pairs):
         x = torch.empty(len(index), self.d_model, dtype=torch.bfloat16)
         t = torch.empty(len(index), dtype=torch.int32)
         ends, cuts = self.ends.tolist(), torch.searchsorted(index, self.ends).tolist()
-        for part, first, low, high in zip(self.parts, [0, *ends], [0, *cuts], cuts):
+        for (part_x, part_t), first, low, high in zip(self.parts, [0, *ends], [0, *cuts], cuts):
             if high > low:
                 local = index[low:high] - first
-                torch.index_select(part[0], 0, local, out=x[low:high])
-                torch.index_select(part[1], 0, local, out=t[low:high])
+                torch.index_select(part_x, 0, local, out=x[low:high])
+                torch.index_select(part_t, 0, local, out=t[low:high])
         back = torch.empty_like(order)
         back[order] = torch.arange(len(order))
         return x[back].float(), t[back].long()
 
 
-def _mapped(folder: Path, line: dict, d_model: int) -> Pair:
-    """The tensors of a shard, whose pages are read when they are used.
-
-    torch's maps, unlike numpy's, keep no file open: there may be many.
-    """
-    path, m = str(folder / line["name"]), line["tokens"]
+def _mapped(folder: Path, shard: dict, d_model: int) -> Pair:
+    """The tensors of a shard, whose pages are read when they are used."""
+    path, m = folder / shard["name"], shard["tokens"]
+    # torch's maps, unlike numpy's, keep no file open: there may be many
     x = torch.from_file(f"{path}.x", shared=False, size=m * d_model, dtype=torch.bfloat16)
-    return x.view(m, d_model), torch.from_file(f"{path}.t", shared=False, size=m, dtype=torch.int32)
+    t = torch.from_file(f"{path}.t", shared=False, size=m, dtype=torch.int32)
+    return x.view(m, d_model), t
+
+
+def _files(folder: Path, shard: dict, d_model: int) -> list[tuple[Path, int, str | None]]:
+    """(path, bytes, checksum) of the two files of a shard; no checksum before it is written."""
+    name, m = shard["name"], shard["tokens"]
+    return [(folder / f"{name}.x", m * d_model * 2, shard.get("sha256_x")),
+            (folder / f"{name}.t", m * 4, shard.get("sha256_t"))]
 
 
 def _plan(rows: torch.Tensor, keep: Callable, tokens: int, shard_tokens: int,
           batch_rows: int) -> list[dict]:
-    """The rows and the number of pairs of every shard.
-
-    A shard is made of whole passes, so that it is the same to the last bit when it is made alone.
-    """
+    """Rows and pairs of every shard: whole passes, so that one made alone has the same bits."""
     plan, left, first, filled = [], tokens or math.inf, 0, 0
     for row in range(0, len(rows), batch_rows):
         end = min(row + batch_rows, len(rows))
         count = min(left, int(keep(rows[row:end]).sum()))
-        filled += count
-        left -= count
+        filled, left = filled + count, left - count
         if filled and (filled >= shard_tokens or end == len(rows) or not left):
             plan.append(dict(name=f"{len(plan):05}", first_row=first, last_row=end, tokens=filled))
             first, filled = end, 0
@@ -191,16 +186,6 @@ def _plan(rows: torch.Tensor, keep: Callable, tokens: int, shard_tokens: int,
     return plan
 
 
-# The manifest
-
-
-def _empty_manifest(d_model: int, identity: dict, made_of: dict) -> dict:
-    """The manifest of a store without a shard yet, with the types that json gives back."""
-    manifest = dict(format=FORMAT, version=VERSION, d_model=d_model, dtype="bfloat16",
-                    identity=identity, made_of=made_of, shards=[], complete=False)
-    return json.loads(json.dumps(manifest, default=str))
-
-
 def _manifest(folder: Path) -> dict:
     """The manifest of a store, every value of its type and no shard's name a path."""
     path = folder / "manifest.json"
@@ -208,36 +193,34 @@ def _manifest(folder: Path) -> dict:
         raise FileNotFoundError(f"there is no store of activations in {folder}: make one with "
                                 "Store.make")
     manifest = store.read_json(path)
-    if (manifest.get("format"), manifest.get("version")) != (FORMAT, VERSION):
-        raise ValueError(f"{path} has format {manifest.get('format')!r}, version "
-                         f"{manifest.get('version')!r}: this code reads {FORMAT!r}, version {VERSION}")
+    name, version = manifest.get("format"), manifest.get("version")
+    if (name, version) != (FORMAT, VERSION):
+        raise ValueError(f"{path} has format {name!r}, version {version!r}: this code reads "
+                         f"{FORMAT!r}, version {VERSION}; delete the store and make it again")
     _check_types(path, manifest, HEAD)
     if manifest["dtype"] != "bfloat16" or manifest["d_model"] < 1:
-        raise ValueError(f"{path} says {manifest['dtype']} of width {manifest['d_model']}: expected "
-                         "bfloat16, 1 or up")
-    for number, line in enumerate(manifest["shards"]):
-        _check_types(path, line, SHARD)
-        if line["name"] != f"{number:05}" or line["tokens"] < 1:
-            raise ValueError(f"{path} names shard {line['name']!r} with {line['tokens']} pairs: "
+        raise ValueError(f"{path} says {manifest['dtype']} of width {manifest['d_model']}: "
+                         "expected bfloat16, 1 or up")
+    for number, shard in enumerate(manifest["shards"]):
+        _check_types(path, shard, SHARD)
+        if shard["name"] != f"{number:05}" or shard["tokens"] < 1:
+            raise ValueError(f"{path} names shard {shard['name']!r} with {shard['tokens']} pairs: "
                              f"expected the name '{number:05}' and 1 pair or more")
     if manifest["complete"] and not manifest["shards"]:
         raise ValueError(f"{path} is of a complete store without a shard: make it again")
     return manifest
 
 
-def _check_types(path: Path, values: dict, types: dict[str, type]) -> None:
+def _check_types(path: Path, values: object, types: dict[str, type]) -> None:
     values = values if isinstance(values, dict) else {}
     wrong = [name for name, kind in types.items() if type(values.get(name)) is not kind]
     if wrong:
-        raise ValueError(f"{path} is damaged at {', '.join(wrong)}: restore it, or delete the store "
-                         "and make it again")
+        raise ValueError(f"{path} is damaged at {', '.join(wrong)}: restore it, or delete the "
+                         "store and make it again")
 
 
 def _begun(folder: Path, wanted: dict, plan: list[dict]) -> dict:
-    """The manifest in the folder, or `wanted` where there is none.
-
-    Raises ValueError when the two are not of one store.
-    """
+    """The manifest in the folder, else `wanted`. Raises ValueError if they are not of one store."""
     if not (folder / "manifest.json").is_file():
         return wanted
     there = _manifest(folder)
@@ -247,57 +230,38 @@ def _begun(folder: Path, wanted: dict, plan: list[dict]) -> dict:
             if old != new:
                 raise ValueError(f"the store {folder} was made with {name} {old!r}, and {new!r} is "
                                  "asked for: use another folder, or delete this one")
-    names = ("name", "first_row", "last_row", "tokens")
-    begun = [{name: line[name] for name in names} for line in there["shards"]]
-    if there["d_model"] != wanted["d_model"] or begun != plan[:len(begun)]:
+    agreed = [shard | planned for shard, planned in zip(there["shards"], plan)]
+    if there["d_model"] != wanted["d_model"] or there["shards"] != agreed:
         raise ValueError(f"the store {folder} has another width than {wanted['d_model']}, or other "
                          "positions than are kept now: use another folder, or delete this one")
-    return there | {"complete": len(begun) == len(plan)}
-
-
-# What is wrong with the files
-
-
-def _bytes(shard: dict, kind: str, d_model: int) -> int:
-    return shard["tokens"] * (2 * d_model if kind == "x" else 4)
+    return there | {"complete": len(agreed) == len(plan)}
 
 
 def _faults(folder: Path, manifest: dict, checksums: bool) -> dict[int, str]:
-    """{number of the shard: what is wrong with it}. Files are read where `checksums` are compared."""
+    """{number of a shard: what is wrong with it}. To compare `checksums` all files are read."""
     faults = {}
-    for number, line in enumerate(manifest["shards"]):
-        for kind in "xt":
-            path = folder / f"{line['name']}.{kind}"
-            size = _bytes(line, kind, manifest["d_model"])
+    for number, shard in enumerate(manifest["shards"]):
+        for path, size, checksum in _files(folder, shard, manifest["d_model"]):
             if not path.is_file():
                 faults[number] = f"{path} is missing"
             elif path.resolve().parent != folder.resolve():
                 faults[number] = f"{path} is a link that leaves the store"
             elif path.stat().st_size != size:
                 faults[number] = f"{path} has {path.stat().st_size} bytes where {size} were written"
-            elif checksums and store.digest(path) != line[f"sha256_{kind}"]:
+            elif checksums and store.digest(path) != checksum:
                 faults[number] = f"{path} has changed since it was written: its checksum differs"
     return faults
 
 
-def _check_faults(folder: Path, manifest: dict, checksums: bool) -> None:
-    if faults := _faults(folder, manifest, checksums):
-        raise ValueError(f"{'; '.join(faults.values())}: run Store.make with the same arguments, "
-                         "which mends it")
-
-
 def _check_room(folder: Path, plan: list[dict], d_model: int, size: int, max_gb: float) -> None:
-    """Raises ValueError for a store over `max_gb`, or when what it lacks exceeds the free space."""
+    """Raises ValueError if the store exceeds `max_gb`, or what it lacks exceeds the free space."""
     says = f"the store {folder} takes {size / 1e9:.3g} GB ({d_model} x 2 + 4 bytes a token)"
     if size > max_gb * 1e9:
         raise ValueError(f"{says}, more than `max_gb` = {max_gb:g}: raise it, or ask for fewer "
                          "`tokens`")
-    lacking = 0
-    for shard in plan:
-        for kind in "xt":
-            path, wanted = folder / f"{shard['name']}.{kind}", _bytes(shard, kind, d_model)
-            if not path.is_file() or path.stat().st_size != wanted:
-                lacking += wanted
+    files = [file for shard in plan for file in _files(folder, shard, d_model)]
+    lacking = sum(size for path, size, _ in files
+                  if not path.is_file() or path.stat().st_size != size)
     folder = folder.absolute()
     existing = next(path for path in (folder, *folder.parents) if path.exists())
     free = shutil.disk_usage(existing).free
@@ -307,26 +271,79 @@ def _check_room(folder: Path, plan: list[dict], d_model: int, size: int, max_gb:
                          "fewer `tokens`")
 
 
-# Writing
-
-
-def _write_missing(folder: Path, manifest: dict, plan: list[dict],
-                   pairs_of: Callable[[dict], Iterator[Pair]], checksums: bool) -> None:
+def _write_missing(folder: Path, manifest: dict, plan: list[dict], source: Callable,
+                   checksums: bool) -> None:
     """Writes every shard that is missing or damaged, and the manifest after each of them."""
-    lines, faults = manifest["shards"], _faults(folder, manifest, checksums)
+    shards, faults = manifest["shards"], _faults(folder, manifest, checksums)
     for path in folder.iterdir():
         if LEFTOVER.fullmatch(path.name):  # of a process that was killed
             path.unlink()
-    total = sum(shard["tokens"] for shard in plan)
-    with tqdm(desc="activations", total=total, unit="tok", unit_scale=True, leave=False) as progress:
-        for number, shard in enumerate(plan):
-            with _disk_errors_explained(folder):
-                if number in faults:
-                    tqdm.write(f"{faults[number]}: shard {shard['name']} is made again",
-                               file=sys.stderr)
-                    _write_shard(folder, shard, pairs_of(shard), manifest["d_model"], lines[number])
-                if number >= len(lines):
-                    lines.append(_write_shard(folder, shard, pairs_of(shard), manifest["d_model"]))
-                manifest["complete"] = len(lines) == len(plan)
-                    store.write_json(folder / "manifest.json", manifest)
-            progress.update(shard["tokens"])
+    for number, planned in enumerate(tqdm(plan, "activations", unit="shard", leave=False)):
+        expected = shards[number] if number < len(shards) else None
+        if number in faults:
+            tqdm.write(f"{faults[number]}: shard {planned['name']} is made again", file=sys.stderr)
+        elif expected:
+            continue
+        pairs = source(torch.arange(planned["first_row"], planned["last_row"]))
+        shard = _write_shard(folder, planned, pairs, manifest["d_model"], expected)
+        if not expected:
+            shards.append(shard)
+        manifest["complete"] = len(shards) == len(plan)
+        store.write_json(folder / "manifest.json", manifest)
+
+
+def _write_shard(folder: Path, planned: dict, pairs: Iterator[Pair], d_model: int,
+                 expected: dict | None) -> dict:
+    """Writes the files of a shard, first under temporary names; returns its entry in the manifest.
+
+    The entry is the plan's with checksums. If it is not the `expected` one, the old files stay.
+    """
+    left, sums = planned["tokens"], dict(x=hashlib.sha256(), t=hashlib.sha256())
+    (x_path, _, _), (t_path, _, _) = _files(folder, planned, d_model)
+    with (store.replacing(x_path) as x_temporary, store.replacing(t_path) as t_temporary,
+          open(x_temporary, "wb") as x_file, open(t_temporary, "wb") as t_file):
+        for x, t in pairs:
+            if x.shape[1] != d_model:
+                raise ValueError(f"the language model gives activations of width {x.shape[1]}, "
+                                 f"d_model is {d_model}")
+            raw_x = x[:left].bfloat16().cpu().view(torch.int16).numpy().astype("<i2", copy=False)
+            raw_t = t[:left].cpu().numpy().astype("<i4", copy=False)
+            for raw, file, checksum in ((raw_x, x_file, sums["x"]), (raw_t, t_file, sums["t"])):
+                file.write(raw)
+                checksum.update(raw)
+            left -= len(raw_t)
+        shard = planned | {f"sha256_{kind}": value.hexdigest() for kind, value in sums.items()}
+        if left or (expected and shard != expected):
+            raise ValueError(
+                f"shard {shard['name']} of {folder}, made again, is not what it was: the model, "
+                "the machine or a library has changed; restore it from a copy, or make the whole "
+                "store again")
+    return shard
+
+
+@contextmanager
+def _disk_errors_explained(folder: Path) -> Iterator[None]:
+    """Says in a sentence what a full disk or a read-only folder means for the store."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in REASONS:
+            raise
+        raise OSError(
+            f"the store {folder} could not be written, {REASONS[error.errno]}. All whole shards "
+            f"stay, and the same Store.make goes on from there ({error})") from error
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Inside, no other process writes this store: it waits here until this one is done or dead."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "w") as file:
+        if fcntl:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                tqdm.write(f"another process is writing the store {folder}: waiting for it",
+                           file=sys.stderr)
+                fcntl.flock(file, fcntl.LOCK_EX)
+        yield

@@ -1,1 +1,1 @@
-"""Many SAEs on one pass, exact resume, many devices. `torchrun -m tsae.scale` trains one SAE on them."""
+"""Many SAEs on one pass, exact resume, many devices (`torchrun -m tsae.scale`)."""

@@ -8,14 +8,15 @@ import torch
 
 from tsae import lm as lms
 from tsae import store, text, train
-from tsae.pairs.prepare import fits, prepare
+from tsae.pairs.prepare import Data, fits, prepare
 from tsae.sae import ACTIVATIONS, LOOKUPS
 from tsae.scale import parallel
 from tsae.scale.passes import fit_all
 from tsae.scale.sharded import Sharded
 from tsae.scale.sweep import keep_memory
 
-LAYOUT = ("device", "out", "shard_features", "store_gb", "checkpoint_every_s")  # no part of what is trained
+# Options that change how an SAE is trained, not what it becomes.
+LAYOUT = ("device", "out", "shard_features", "store_gb", "checkpoint_every_s")
 
 
 def parsed(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -24,80 +25,114 @@ def parsed(arguments: list[str] | None = None) -> argparse.Namespace:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("--model", required=True, help="a folder in Hugging Face format, or a hub name")
-    add("--corpus", required=True, help="a .txt, .jsonl or .parquet file, a folder of them, or a dataset of the hub")
-    add("--out", type=Path, required=True, help="folder for the SAE, its history and its checkpoints")
+    add("--corpus", required=True,
+        help="a .txt, .jsonl or .parquet file, a folder of them, or a dataset of the hub")
+    add("--out", type=Path, required=True,
+        help="folder for the SAE, its history and its checkpoints")
     add("--layer", type=int, default=-1, help="resid_pre; -1 is two thirds of the way up")
     add("--n-features", type=int, default=24576, help="dictionary size")
     add("--k", type=int, default=32, help="active features a token, for topk and batchtopk")
     add("--activation", choices=ACTIVATIONS, default="topk")
     add("--lookup", choices=LOOKUPS, default="learned")
-    add("--sparsity", type=float, default=0.0, help="weight of the penalty of relu, jumprelu and gated")
+    add("--sparsity", type=float, default=0.0,
+        help="weight of the penalty of relu, jumprelu and gated")
     add("--recipe", choices=train.RECIPES, default="ours", help="how the SAE starts and learns")
     add("--train-tokens", type=int, default=100_000_000, help="activations that training sees")
-    add("--text-tokens", type=int, default=0, help="tokens of text to read, used again if need be; 0: as --train-tokens")
+    add("--text-tokens", type=int, default=0,
+        help="tokens of text to read, used again if need be; 0: as --train-tokens")
     add("--context", type=int, default=256, help="tokens a row, BOS included")
     add("--batch", type=int, default=4096, help="activations a step, of all devices together")
     add("--lr", type=float, default=1e-3)
     add("--dead-after-tokens", type=int, default=10_000_000)
     add("--seed", type=int, default=0)
-    add("--bos-token", default="", help="the token that starts every row, where the tokenizer names none")
+    add("--bos-token", default="",
+        help="the token that starts every row, where the tokenizer names none")
     add("--device", default="auto", help="auto, cpu or cuda")
-    add("--store-gb", type=float, default=100.0, help="activations are stored on disk when they fit, streamed otherwise")
+    add("--store-gb", type=float, default=100.0,
+        help="activations are stored on disk when they fit, streamed otherwise")
     add("--checkpoint-every-s", type=float, default=300.0)
     add("--shard-features", action="store_true",
-        help="deal the features to the devices (topk only), for a dictionary that is too large for one")
+        help="deal the features to the devices (topk only), for a dictionary too large for one")
     return parser.parse_args(arguments)
 
 
 def train_one(options: argparse.Namespace, device: str) -> None:
-    """Train the SAE of `options` into its folder. Every rank calls it. Raises ValueError for what cannot be trained."""
-    settings = {name: str(value) for name, value in vars(options).items() if name not in LAYOUT}
-    noted = options.out / "settings.json"
-    if noted.is_file() and store.read_json(noted) != settings:
-        raise ValueError(f"{options.out} holds an SAE of other settings (see {noted}): choose another --out")
-    if (options.out / "history.csv").is_file():
-        if parallel.main():
-            print(f"{options.out} holds this SAE already", flush=True)
+    """Train the SAE of `options` into its folder. Every rank calls it.
+
+    Raises ValueError for what cannot be trained.
+    """
+    if _trained_before(options):
         return
-    if options.batch % parallel.world():
-        raise ValueError(f"--batch {options.batch} cannot be dealt to {parallel.world()} ranks: take a multiple")
     with parallel.one_first():
-        lm = lms.load(options.model, options.bos_token, device)
-        wanted = options.text_tokens or options.train_tokens
-        rows = text.tokens(options.corpus, lm.tokenizer, min(options.context, lm.max_context), wanted, options.context)
-        layout = dict(streamed=not fits(lm.d_model, rows["train"], options.store_gb), shard_features=options.shard_features)
-        _go_on(options.out / "unfinished", layout)
-        data = prepare(lm.layer(options.layer), rows["train"], options.batch, store_gb=options.store_gb,
-                       rank=parallel.rank(), world=parallel.world())
-        store.write_json(noted, settings)
+        data = _prepared(options, device)
     stats, unigrams, recipe = data.stats, data.unigrams, train.RECIPES[options.recipe]
     if options.shard_features:  # the whole SAE may be too large for a device
         stats, unigrams = {name: value.cpu() for name, value in stats.items()}, unigrams.cpu()
-    sae = train.build(stats, unigrams, recipe, options.activation, options.n_features, options.k, options.lookup, options.seed)
+    sae = train.build(stats, unigrams, recipe, options.activation, options.n_features, options.k,
+                      options.lookup, options.seed)
     sae = Sharded(sae).to(device) if options.shard_features else sae
-    run = train.Run(sae, options.train_tokens, sparsity=options.sparsity, dead_after_tokens=options.dead_after_tokens,
-                    seed=options.seed, exchange=parallel.Ranks(), **train.learning(recipe, options.lr))
-    history, = fit_all([run], data.source(options.seed), True, options.out / "unfinished", options.checkpoint_every_s)
+    run = train.Run(sae, options.train_tokens, sparsity=options.sparsity, seed=options.seed,
+                    dead_after_tokens=options.dead_after_tokens, exchange=parallel.Ranks(),
+                    **train.learning(recipe, options.lr))
+    history, = fit_all([run], data.source(options.seed), True, options.out / "unfinished",
+                       options.checkpoint_every_s)
     if options.shard_features or parallel.main():
         sae.save(options.out)
     if parallel.main():
         store.write_table(options.out / "history.csv", history)
         shutil.rmtree(options.out / "unfinished", ignore_errors=True)
-        print(f"trained on {history.tokens.iloc[-1]} tokens by {parallel.world()} ranks, nmse {history.nmse.iloc[-1]:.3f} at "
-              f"the end; the SAE is in {options.out}", flush=True)
+        last = history.iloc[-1]
+        print(f"trained on {last.tokens:.0f} tokens by {parallel.world()} ranks, nmse "
+              f"{last.nmse:.3f} at the end; the SAE is in {options.out}", flush=True)
+
+
+def _settings(options: argparse.Namespace) -> dict[str, str]:
+    return {name: str(value) for name, value in vars(options).items() if name not in LAYOUT}
+
+
+def _trained_before(options: argparse.Namespace) -> bool:
+    """Whether this very SAE lies in the folder. Raises ValueError for another one, or an odd
+    batch."""
+    noted = options.out / "settings.json"
+    if noted.is_file() and store.read_json(noted) != _settings(options):
+        raise ValueError(f"{options.out} holds an SAE of other settings (see {noted}): choose "
+                         "another --out")
+    if (options.out / "history.csv").is_file():
+        if parallel.main():
+            print(f"{options.out} holds this SAE already", flush=True)
+        return True
+    if options.batch % parallel.world():
+        raise ValueError(f"--batch {options.batch} cannot be dealt to {parallel.world()} ranks: "
+                         "take a multiple")
+    return False
+
+
+def _prepared(options: argparse.Namespace, device: str) -> Data:
+    """The activations; notes the settings in the folder."""
+    lm = lms.load(options.model, options.bos_token, device)
+    wanted = options.text_tokens or options.train_tokens
+    context = min(options.context, lm.max_context)
+    rows = text.tokens(options.corpus, lm.tokenizer, context, wanted, options.context)["train"]
+    _go_on(options.out / "unfinished", dict(streamed=not fits(lm.d_model, rows, options.store_gb),
+                                            shard_features=options.shard_features))
+    data = prepare(lm.layer(options.layer), rows, options.batch, store_gb=options.store_gb,
+                   folder=store.CACHE / "activations", rank=parallel.rank(), world=parallel.world())
+    store.write_json(options.out / "settings.json", _settings(options))
+    return data
 
 
 def _go_on(unfinished: Path, layout: dict[str, bool]) -> None:
-    """Note how this run goes. Raises ValueError where the run that was begun in this folder cannot go on so."""
-    noted, words = unfinished / "layout.json", {"streamed": "--store-gb", "shard_features": "--shard-features"}
+    """Note how this run goes. Raises ValueError where one that was begun here cannot go on so."""
+    noted = unfinished / "layout.json"
     begun = next(unfinished.rglob("state.json"), None) is not None
     if begun and noted.is_file():
         there = store.read_json(noted)
-        for name, word in words.items():
+        for name, word in (("streamed", "--store-gb"), ("shard_features", "--shard-features")):
             if there.get(name) != layout[name]:
-                raise ValueError(f"{unfinished.parent} holds a run that was begun with {name} {there.get(name)}, and this "
-                                 f"{word} makes it {layout[name]}: give the {word} that it was begun with, or choose another "
-                                 "--out")
+                raise ValueError(
+                    f"{unfinished.parent} holds a run that was begun with {name} "
+                    f"{there.get(name)}, and this {word} makes it {layout[name]}: give the {word} "
+                    "that it was begun with, or choose another --out")
     store.write_json(noted, layout)
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints of a training run: whole or not there at all, the newest whole one found again, a damaged one passed over."""
+"""Checkpoints of a training run: written whole or not at all, and a damaged one is passed over."""
 
 import json
 import math
@@ -21,12 +21,13 @@ from tqdm import tqdm
 
 from tsae import store
 
-ABANDONED_S = 3600  # a half-written checkpoint so old is of a process that was killed, not of one that runs beside this one
+ABANDONED_S = 3600  # a half-written checkpoint so old is of a process that was killed
 State = dict  # nested dicts of tensors, numbers, strings and lists
 
 
 def save(folder: Path, step: int, state: State) -> None:
-    """Write `state` to folder/<step>, synced and renamed into place; then drop all but the newest two.
+    """Write `state` to folder/<step>, synced and renamed into place; then drop all but the newest
+    two.
 
     Raises OSError with a sentence when the disk is full or read-only: earlier checkpoints stay.
     """
@@ -34,22 +35,20 @@ def save(folder: Path, step: int, state: State) -> None:
     final, new = folder / f"{step:015d}", None
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for leftover in folder.glob(".*/"):
-            with suppress(FileNotFoundError):  # another process has just finished with it
-                if time.time() - leftover.stat().st_mtime > ABANDONED_S:
-                    shutil.rmtree(leftover, ignore_errors=True)
+        _remove_abandoned(folder)
         new = Path(tempfile.mkdtemp(dir=folder, prefix="."))
         save_file(tensors, new / "tensors.safetensors")
         digest = store.digest(new / "tensors.safetensors")
-        (new / "state.json").write_text(json.dumps(dict(sha256=digest, key=store.key(**plain), state=plain)), encoding="utf-8")
+        text = json.dumps(dict(sha256=digest, key=store.key(**plain), state=plain))
+        (new / "state.json").write_text(text, encoding="utf-8")
         for path in (new / "tensors.safetensors", new / "state.json", new):
             _sync(path)
         shutil.rmtree(final, ignore_errors=True)  # a damaged one of the same step
         os.rename(new, final)
         _sync(folder)
     except (OSError, SafetensorError) as error:
-        raise OSError(f"the checkpoint {final} could not be written ({error}): free some space there or choose another "
-                      "folder; what was written before is kept") from error
+        raise OSError(f"the checkpoint {final} could not be written ({error}): free some space "
+                      "there or choose another folder; what was written before is kept") from error
     finally:
         if new:
             shutil.rmtree(new, ignore_errors=True)
@@ -57,22 +56,36 @@ def save(folder: Path, step: int, state: State) -> None:
         shutil.rmtree(old, ignore_errors=True)
 
 
+def _remove_abandoned(folder: Path) -> None:
+    for leftover in folder.glob(".*/"):
+        with suppress(FileNotFoundError):  # another process has just finished with it
+            if time.time() - leftover.stat().st_mtime > ABANDONED_S:
+                shutil.rmtree(leftover, ignore_errors=True)
+
+
 def newest(folder: Path) -> State | None:
-    """The state of the newest checkpoint that is whole, or None; a damaged one is named on stderr and passed over."""
+    """The state of the newest whole checkpoint, or None; a damaged one is named on stderr."""
     return last(folder)[1]
 
 
 def last(folder: Path, upto: float = math.inf) -> tuple[int, State | None]:
-    """Step and state of the newest checkpoint that is whole and not after step `upto`, or -1 and None."""
+    """Step and state of the newest checkpoint that is whole and not after step `upto`, or -1 and
+    None."""
     for place in (place for place in reversed(_steps(folder)) if int(place.name) <= upto):
         try:
-            held = store.read_json(place / "state.json")
-            if (store.digest(place / "tensors.safetensors"), store.key(**held["state"])) != (held["sha256"], held["key"]):
-                raise ValueError("it is not what was written")
-            return int(place.name), _put_together(load_file(place / "tensors.safetensors"), held["state"])
+            return int(place.name), _read(place)
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-            tqdm.write(f"the checkpoint {place} is damaged ({error}): going on from an earlier one", file=sys.stderr)
+            tqdm.write(f"the checkpoint {place} is damaged ({error}): going on from an earlier one",
+                       file=sys.stderr)
     return -1, None
+
+
+def _read(place: Path) -> State:
+    """The state of a checkpoint. Raises ValueError where it is not what was written."""
+    found, path = store.read_json(place / "state.json"), place / "tensors.safetensors"
+    if (store.digest(path), store.key(**found["state"])) != (found["sha256"], found["key"]):
+        raise ValueError("it is not what was written")
+    return _put_together(load_file(path), found["state"])
 
 
 def drop(folder: Path, after: int) -> None:
@@ -94,19 +107,22 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
-def _taken_apart(state: State, seen: set[int], name: str = "") -> tuple[dict[str, torch.Tensor], State]:
+def _taken_apart(state: State, seen: set[int],
+                 name: str = "") -> tuple[dict[str, torch.Tensor], State]:
     """The tensors by their dotted names, and the rest with their names in place of them.
 
-    Only what shares memory with a tensor before it (in `seen`) is copied: safetensors writes no shared memory.
+    Only what shares memory with a tensor before it (in `seen`) is copied: safetensors writes no
+    shared memory.
     """
     tensors, plain = {}, {}
     for key, value in state.items():
         path = f"{name}{key}"
         if isinstance(value, torch.Tensor):
-            held = value.detach().cpu().contiguous()
-            place = held.untyped_storage().data_ptr()
-            tensors[path], plain[key] = held.clone() if place in seen else held, {"tensor": path}
-            seen.add(place)
+            own = value.detach().cpu().contiguous()
+            memory = own.untyped_storage().data_ptr()
+            tensors[path] = own.clone() if memory in seen else own
+            plain[key] = {"tensor": path}
+            seen.add(memory)
         elif isinstance(value, dict):
             inner, plain[key] = _taken_apart(value, seen, f"{path}.")
             tensors |= inner
@@ -116,11 +132,12 @@ def _taken_apart(state: State, seen: set[int], name: str = "") -> tuple[dict[str
 
 
 def _put_together(tensors: dict[str, torch.Tensor], plain: State) -> State:
-    def value(held):
-        if isinstance(held, dict):
-            return tensors[held["tensor"]] if set(held) == {"tensor"} else _put_together(tensors, held)
-        return held
-    return {key: value(held) for key, held in plain.items()}
+    def value(part):
+        if not isinstance(part, dict):
+            return part
+        return tensors[part["tensor"]] if set(part) == {"tensor"} else _put_together(tensors, part)
+
+    return {key: value(part) for key, part in plain.items()}
 
 
 @dataclass
@@ -136,7 +153,10 @@ class Stop:
 
 @contextmanager
 def stoppable() -> Iterator[Stop]:
-    """Inside, Ctrl-C and SIGTERM only take a note, so that the loop can write a checkpoint first; a second one is at once."""
+    """Inside, Ctrl-C and SIGTERM only take a note, so that the loop can write a checkpoint first.
+
+    A second one acts at once.
+    """
     stop, kinds = Stop(), (signal.SIGINT, signal.SIGTERM)
     if threading.current_thread() is not threading.main_thread():
         yield stop  # only the main thread may set handlers

@@ -1,7 +1,7 @@
 """Many SAEs on one pass over the activations, that goes on bit for bit where it was stopped.
 
-The step is `train.Run.step`, the loop that of `train.fit` with what scale needs around it: SAEs side by
-side on the cores, ranks that share a batch, checkpoints.
+The step is `train.Run.step`, the loop that of `train.fit` with what scale needs around it: SAEs
+side by side on the cores, ranks that share a batch, checkpoints.
 """
 
 import time
@@ -20,20 +20,21 @@ from tsae.pairs.order import Streamed
 from tsae.scale import checkpoints, parallel
 from tsae.train import Pair, Run
 
-SMALL = 1 << 20  # weights of an encoder below which a thread a run beats all threads for each in turn
+SMALL = 1 << 20  # weights of an encoder up to which a thread a run beats all threads in turn
 
 
-def fit_all(runs: list[Run], source: Iterator[Pair], quick: bool = False, folder: Path | None = None,
-            checkpoint_every_s: float = 60.0, label: str = "training") -> list[pd.DataFrame]:
+def fit_all(runs: list[Run], source: Iterator[Pair], quick: bool = False,
+            folder: Path | None = None, checkpoint_every_s: float = 60.0,
+            label: str = "training") -> list[pd.DataFrame]:
     """Train many SAEs in place on one pass over `source`; returns their histories.
 
     Small SAEs are trained side by side, a thread each. In a process group every rank makes the same
-    call, with runs whose `exchange` is parallel.Ranks() and a `source` of its share of each batch. With
-    `folder`, a checkpoint is written there every `checkpoint_every_s` seconds and on Ctrl-C or SIGTERM;
-    the same call then goes on from the newest whole one, bit for bit (`source` must have state() and
-    restore()). `quick`: steps run inside `kernels.quick_products`. Raises ValueError when the source
-    ends early or the checkpoint is of other settings, FloatingPointError when a loss or a parameter is
-    not finite; a checkpoint never holds such a one.
+    call, with runs whose `exchange` is parallel.Ranks() and a `source` of its share of each batch.
+    With `folder`, a checkpoint is written there every `checkpoint_every_s` seconds and on Ctrl-C or
+    SIGTERM; the same call then goes on from the newest whole one, bit for bit (`source` must have
+    state() and restore()). `quick`: steps run inside `kernels.quick_products`. Raises ValueError
+    when the source ends early or the checkpoint is of other settings, FloatingPointError when a
+    loss or a parameter is not finite; a checkpoint never holds such a one.
     """
     first, threads = runs[0], torch.get_num_threads()
     if any(run.tokens != first.tokens for run in runs):
@@ -52,7 +53,7 @@ def fit_all(runs: list[Run], source: Iterator[Pair], quick: bool = False, folder
                         run.history.append(run.line(x, out))
             bar.update(first.seen - bar.n)
             wanted = bool(folder) and time.monotonic() - saved >= checkpoint_every_s
-            asked = parallel.any_rank(stop.signal or wanted, x.device)  # 1: a checkpoint, more: a signal
+            asked = parallel.any_rank(stop.signal or wanted, x.device)  # over 1: a signal
             if folder and asked:
                 _save(runs, source, quick, folder)
                 saved = time.monotonic()
@@ -62,10 +63,9 @@ def fit_all(runs: list[Run], source: Iterator[Pair], quick: bool = False, folder
 
 
 def _bar(run: Run, label: str) -> tqdm:
-    quiet = None if parallel.main() else True  # one bar is enough; None leaves it to TQDM_DISABLE
-    settings = {} if quiet is None else dict(disable=True)
+    quiet = {} if parallel.main() else dict(disable=True)  # one bar is enough
     return tqdm(total=run.tokens, initial=run.seen, desc=label, unit="tok", unit_scale=True,
-                leave=False, **settings)
+                leave=False, **quiet)
 
 
 def _on_all_threads(source: Iterator[Pair], threads: int) -> Iterator[Pair]:
@@ -81,7 +81,8 @@ def _on_all_threads(source: Iterator[Pair], threads: int) -> Iterator[Pair]:
 @contextmanager
 def _side_by_side(runs: list[Run]) -> Iterator[Callable]:
     """A `map` for the steps of runs: threads where they are small and on a CPU, else in turn."""
-    cores = 1 if parallel.together() else torch.get_num_threads()  # ranks meet over runs in one order
+    # Ranks meet over the runs in one order.
+    cores = 1 if parallel.together() else torch.get_num_threads()
     large = any(run.sae.W_enc.is_cuda or run.sae.W_enc.numel() > SMALL for run in runs)
     if len(runs) == 1 or cores == 1 or large:
         yield map
@@ -114,13 +115,15 @@ def _sharded(runs: list[Run]) -> bool:
     return any(hasattr(run.sae, "sharded") for run in runs)
 
 
-PLAIN = ("seen", "logged", "checks_left", "history", "usual_loss")  # what a Run knows beside its tensors
+PLAIN = ("seen", "logged", "checks_left", "history", "usual_loss")  # a Run's state but for tensors
 
 
 def _state(run: Run) -> checkpoints.State:
     """Everything that the rest of a run depends on, and its settings, but for its `check`."""
-    optimisers = {str(i): {str(j): moments for j, moments in optimiser.state_dict()["state"].items()}
-                  for i, (optimiser, _) in enumerate(run.optimisers)}
+    optimisers = {}
+    for i, (optimiser, _) in enumerate(run.optimisers):
+        moments = optimiser.state_dict()["state"]
+        optimisers[str(i)] = {str(j): values for j, values in moments.items()}
     return dict(settings=run.settings, sae=run.sae.state_dict(), optimisers=optimisers,
                 silent=run.silent) | {name: getattr(run, name) for name in PLAIN}
 
@@ -151,16 +154,17 @@ def _restore(runs: list[Run], source: Iterator[Pair], quick: bool, folder: Path)
     if not state:
         return
     if len(state["runs"]) != len(runs):
-        raise ValueError(f"the checkpoint in {folder} is of {len(state['runs'])} SAEs, and {len(runs)} "
-                         "are to be trained: go on with the same ones, or choose another folder")
+        raise ValueError(f"the checkpoint in {folder} is of {len(state['runs'])} SAEs, and "
+                         f"{len(runs)} are to be trained: go on with the same ones, or choose "
+                         "another folder")
     for i, run in enumerate(runs):
         there = state["runs"][str(i)].get("settings", {}) | dict(quick=state.get("quick"))
         differ = [f"{name} {there.get(name)!r} (asked for: {value!r})"
                   for name, value in (run.settings | dict(quick=quick)).items()
                   if there.get(name) != value]
         if differ:
-            raise ValueError(f"the checkpoint in {folder} is of an SAE with {', '.join(differ)}: go on "
-                             "with its settings, or choose another folder")
+            raise ValueError(f"the checkpoint in {folder} is of an SAE with {', '.join(differ)}: "
+                             "go on with its settings, or choose another folder")
     source.restore(_cloned(state["source"]))
     for i, run in enumerate(runs):
         _go_on(run, state["runs"][str(i)])

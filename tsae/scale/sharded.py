@@ -1,4 +1,4 @@
-"""One topk SAE whose features are dealt to the ranks of torch.distributed: for dictionaries that outgrow a device."""
+"""One topk SAE whose features are dealt to the ranks: for dictionaries that outgrow a device."""
 
 from pathlib import Path
 
@@ -13,18 +13,21 @@ from tsae.scale.parallel import any_rank, gathered, main, rank, together, world
 
 
 class Sharded(SAE):
-    """A topk SAE of which this rank holds `n` = whole.n / world features; b_dec and the table are on all ranks.
+    """A topk SAE of which this rank holds whole.n / world features; b_dec and the table are on all
+    ranks.
 
-    Every rank brings its share of the batch, as in data-parallel training, and meets all shares with its features.
-    Trained by `train.fit` it learns what the whole SAE would; for anything else but `self(x, t)` take `whole()`.
+    Every rank brings its share of the batch, as in data-parallel training, and meets all shares
+    with its features. Trained by scale.passes it learns what the whole SAE would; for anything else
+    but `self(x, t)` take `whole()`.
     """
 
     sharded = ("W_enc", "b_enc", "W_dec")
 
     def __init__(self, whole: SAE):
         if whole.activation != "topk" or whole.n % world():
-            raise ValueError(f"a {whole.activation} SAE of {whole.n} features cannot be dealt to {world()} ranks: it must "
-                             "be a topk SAE, and its number of features a multiple of the ranks")
+            raise ValueError(f"a {whole.activation} SAE of {whole.n} features cannot be dealt to "
+                             f"{world()} ranks: it must be a topk SAE, and its number of features "
+                             "a multiple of the ranks")
         nn.Module.__init__(self)
         self.config = whole.config | dict(n=whole.n // world())
         self.__dict__.update(self.config)
@@ -34,11 +37,14 @@ class Sharded(SAE):
 
     def whole(self) -> SAE | None:
         """The ordinary SAE, in rank 0's main memory; None on the others. All ranks must call it."""
-        whole = SAE(**self.config | dict(n=self.n * world())).to(self.b_dec.dtype).eval() if main() else None
+        whole = None
+        if main():
+            whole = SAE(**self.config | dict(n=self.n * world())).to(self.b_dec.dtype).eval()
         for name, value in self.state_dict().items():
             value = value.cpu()
             if together() and name in self.sharded:
-                dist.gather(value, list(whole.state_dict()[name].chunk(world())) if main() else None)
+                parts = list(whole.state_dict()[name].chunk(world())) if main() else None
+                dist.gather(value, parts)
             elif main():
                 whole.state_dict()[name].copy_(value)
         return whole
@@ -57,12 +63,17 @@ class Sharded(SAE):
     decode = encode
 
     def forward(self, x: torch.Tensor, t: torch.Tensor | None = None) -> torch.Tensor:
-        """The reconstruction of this rank's x (b, d). All ranks must call it, each with as many rows."""
+        """The reconstruction of this rank's x (b, d). All ranks must call it, each with as many
+        rows."""
         codes, support = self.selected(x / self.scale, t)
-        return (_Sum.apply(sum_rows(codes, support, self.W_dec)) + self.b_dec + self.row(t)) * self.scale
+        rebuilt = _Sum.apply(sum_rows(codes, support, self.W_dec))
+        return (rebuilt + self.b_dec + self.row(t)) * self.scale
 
     def selected(self, z: torch.Tensor, t: torch.Tensor | None) -> tuple[torch.Tensor, Support]:
-        """Codes (world * b, k) of this rank's features for all ranks' z (b, d), 0.0 where others are stronger."""
+        """Codes (world * b, k) of this rank's features for all ranks' z (b, d).
+
+        They are 0.0 where other ranks' features are stronger.
+        """
         return self._selected(_Gather.apply(self.encoder_input(z, t)))
 
     def _selected(self, z: torch.Tensor) -> tuple[torch.Tensor, Support]:
@@ -72,28 +83,36 @@ class Sharded(SAE):
     def loss(self, x: torch.Tensor, t: torch.Tensor | None = None, sparsity: float = 0.0,
              dead: torch.Tensor | None = None, aux_weight: float = 1 / 32,
              kth: KthLargest = kth_largest) -> dict[str, torch.Tensor]:
-        """SAE.loss of this rank's share of the batch; fired (n,) and codes are those of its features, for the whole."""
+        """SAE.loss of this rank's share of the batch; fired (n,) and codes are of its own
+        features."""
         z = x / self.scale
         seen = _Gather.apply(self.encoder_input(z, t))
         codes, support = self._selected(seen)
         parts = [sum_rows(codes, support, self.W_dec)]
-        counts = gathered(dead.sum().view(1)).tolist() if aux_weight and dead is not None else [0]
-        if any(counts):
-            parts.append(self._explained(seen.detach(), dead, counts))
+        auxk = aux_weight and dead is not None
+        dead_of_ranks = gathered(dead.sum().view(1)).tolist() if auxk else [0]
+        if any(dead_of_ranks):
+            parts.append(self._explained(seen.detach(), dead, dead_of_ranks))
         rebuilt, *explained = _Sum.apply(torch.stack(parts, 1)).unbind(1)
         z_hat = rebuilt + self.b_dec + self.row(t)
         loss = mse_loss(z_hat, z, reduction="sum") / len(z)
         if explained:
-            weight = aux_weight * min(1.0, sum(counts) / max(1, self.d_model // 2))
-            loss = loss + weight * mse_loss(explained[0], (z - z_hat).detach(), reduction="sum") / len(z)
-        fired = torch.zeros(self.n, dtype=torch.bool, device=x.device).index_fill_(0, support.index[codes > 0], True)
+            weight = aux_weight * min(1.0, sum(dead_of_ranks) / max(1, self.d_model // 2))
+            error = (z - z_hat).detach()
+            loss = loss + weight * mse_loss(explained[0], error, reduction="sum") / len(z)
+        fired = torch.zeros(self.n, dtype=torch.bool, device=x.device)
+        fired.index_fill_(0, support.index[codes > 0], True)
         return dict(loss=loss, z_hat=z_hat.detach(), fired=fired, codes=codes.detach())
 
-    def _explained(self, z: torch.Tensor, dead: torch.Tensor, counts: list[int]) -> torch.Tensor:
-        """This rank's part of what the d_model / 2 strongest dead features of all ranks add up to (world * b, d)."""
-        k = min(max(1, self.d_model // 2), sum(counts))
+    def _explained(self, z: torch.Tensor, dead: torch.Tensor,
+                   dead_of_ranks: list[int]) -> torch.Tensor:
+        """This rank's part of the sum of the d_model / 2 strongest dead features of all ranks.
+
+        z (world * b, d) in, (world * b, d) out.
+        """
+        k = min(max(1, self.d_model // 2), sum(dead_of_ranks))
         W, bias, rows = self.W_enc[dead], self.b_enc[dead], self.W_dec[dead]
-        columns, own = min(k, max(counts)), min(k, len(W))
+        columns, own = min(k, max(dead_of_ranks)), min(k, len(W))
         if not own:  # the others need an answer all the same
             _among_largest(z.new_zeros(len(z), columns), k)
             return torch.zeros_like(z)
@@ -103,13 +122,16 @@ class Sharded(SAE):
 
 
 def _among_largest(values: torch.Tensor, k: int) -> torch.Tensor:
-    """1.0 where values (world * b, c) are among the k largest of all ranks' at their position, exactly k; else 0.0.
+    """1.0 where values (world * b, c) are among the k largest of all ranks at their position, else
+    0.0.
 
-    Each rank decides for the b positions that it brought: it is sent the others' values there, and answers.
+    Exactly k are. Each rank decides for the b positions that it brought: it is sent the others'
+    values there, and answers.
     """
     sent = _exchanged(values.view(world(), -1, values.shape[1]))  # (whose features, b, c)
     flat = sent.transpose(0, 1).flatten(1)
-    kept = torch.zeros_like(flat).scatter_(1, flat.topk(min(k, flat.shape[1]), sorted=False).indices, 1.0)
+    largest = flat.topk(min(k, flat.shape[1]), sorted=False).indices
+    kept = torch.zeros_like(flat).scatter_(1, largest, 1.0)
     return _exchanged(kept.view(sent.shape[1], world(), -1).transpose(0, 1)).view(values.shape)
 
 

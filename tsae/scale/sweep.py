@@ -36,10 +36,10 @@ def sweep(folder: Path, data: Data, jobs: list[dict], memory_gb: float = 4.0,
           checkpoint_every_s: float = 60.0) -> list[Path]:
     """Train the SAEs of `jobs` that are not in `folder` yet; returns where each lies, in order.
 
-    A job holds the arguments of `trained`. SAEs of one seed see the same batches in one pass, as many
-    at a time as `memory_gb` allows. A pass that was interrupted goes on first, as it was planned,
-    whatever `memory_gb` is now. Raises ValueError for a job that cannot fit, or for an unknown recipe
-    or change.
+    A job holds the arguments of `trained`. SAEs of one seed see the same batches in one pass, as
+    many at a time as `memory_gb` allows. A pass that was interrupted goes on first, as it was
+    planned, whatever `memory_gb` is now. Raises ValueError for a job that cannot fit, or for an
+    unknown recipe or change.
     """
     jobs = [_Job(folder, data, **job) for job in jobs]
     known = {job.place.name: job for job in jobs}
@@ -57,9 +57,9 @@ def sweep(folder: Path, data: Data, jobs: list[dict], memory_gb: float = 4.0,
 def trained(folder: Path, data: Data, **job) -> tuple[SAE, pd.DataFrame]:
     """An SAE trained on `data` and its history; from `folder` when it was trained before.
 
-    activation, n, k, lookup, seed, tokens: as in SAE and Run; lr 1e-3, sparsity 0, dead_after_tokens
-    200000, quick True (see quick_products), check None, checks 0; recipe "ours", an entry of RECIPES, of
-    which any other argument overrides a part (the ablations).
+    activation, n, k, lookup, seed, tokens: as in SAE and Run; lr 1e-3, sparsity 0,
+    dead_after_tokens 200000, quick True (see quick_products), check None, checks 0; recipe "ours",
+    an entry of RECIPES, of which any other argument overrides a part (the ablations).
     """
     place = sweep(folder, data, [job])[0]
     return SAE.load(place).to(data.unigrams.device), pd.read_csv(place / "history.csv")
@@ -69,13 +69,14 @@ class _Job:
     """One SAE of a sweep: its settings and its place in the folder."""
 
     def __init__(self, folder: Path, data: Data, *, activation: str, n: int, k: int, lookup: str,
-                 seed: int, tokens: int, lr: float = 1e-3, sparsity: float = 0.0, recipe: str = "ours",
-                 dead_after_tokens: int = 200_000, quick: bool = True,
+                 seed: int, tokens: int, lr: float = 1e-3, sparsity: float = 0.0,
+                 recipe: str = "ours", dead_after_tokens: int = 200_000, quick: bool = True,
                  check: Callable[[SAE], dict] | None = None, checks: int = 0, **changes):
-        if recipe not in train.RECIPES or not set(changes) <= set(train.RECIPES["ours"]):
+        parts = train.RECIPES["ours"]
+        if recipe not in train.RECIPES or not set(changes) <= set(parts):
             raise ValueError(
                 f"got recipe {recipe!r} with changes of {sorted(changes)}: the recipes are "
-                f"{', '.join(train.RECIPES)}, and they consist of {', '.join(train.RECIPES['ours'])}")
+                f"{', '.join(train.RECIPES)}, and they consist of {', '.join(parts)}")
         self.recipe, self.seed, self.tokens = train.RECIPES[recipe] | changes, seed, tokens
         self.quick, self.check, self.lr = quick, check, lr
         self.shape = dict(activation=activation, n=n, k=k, lookup=lookup, seed=seed)
@@ -142,7 +143,8 @@ def _planned(folder: Path) -> list[tuple[Path, list[str]]]:
 
 
 def needed_bytes(d_model: int, n: int, activation: str, k: int, vocabulary: int, batch: int) -> int:
-    """What training one SAE takes at its peak: weights, gradients and Adam's moments, and a step's own."""
+    """What training one SAE takes at its peak: weights, gradients and Adam's moments, and a step's
+    own."""
     weights = 4 * (2 * n * d_model) + 3 * vocabulary * d_model
     step = 8 * batch * d_model + (8 * batch * k if activation == "topk" else 7 * batch * n)
     return 4 * (weights + step)
@@ -155,12 +157,8 @@ def _groups(jobs: list[_Job], memory_gb: float) -> Iterator[list[_Job]]:
         if job.bytes > memory_gb * 1e9:
             raise ValueError(
                 f"training this SAE takes about {job.bytes / 1e9:.1f} GB, and `memory_gb` is "
-                f"{memory_gb:g}: raise it, or choose fewer features or a smaller batch ({job.settings})")
+                f"{memory_gb:g}: raise it, or choose fewer features or a smaller batch "
+                f"({job.settings})")
         passes.setdefault((job.seed, job.tokens, job.quick), []).append(job)
-    for group in passes.values():
-        while group:
-            size = 1
-            while size < len(group) and sum(job.bytes for job in group[:size + 1]) <= memory_gb * 1e9:
-                size += 1
-            yield group[:size]
-            group = group[size:]
+    for same_batches in passes.values():
+        yield from parallel.in_groups(same_batches, lambda job: job.bytes, memory_gb * 1e9)

@@ -1,89 +1,147 @@
 """The locality ladder: how well the last n tokens predict each feature."""
 
+from typing import NamedTuple
+
 import numpy as np
 import pandas as pd
 from scipy.sparse import csc_array, csr_array
 
-from tsae.codes import firings
+from tsae.codes import firings, sortable
 from tsae.scoring.heldout import LEVELS, Text
 
 
-def ladder(codes: csc_array, text: Text, prior: float = 2.0, negatives: int = 4096, seed: int = 0) -> pd.DataFrame:
-    """How well the last n = 1 .. 4 tokens predict each feature, fitted on one half of the text and scored on the other.
+def ladder(codes: csc_array, text: Text, prior: float = 2.0, negatives: int = 4096,
+           seed: int = 0) -> pd.DataFrame:
+    """Codes (m, n) predicted from the last 1 .. 4 tokens: fitted on one half, tested on the other.
 
-    The prediction of a suffix is the mean code of the fit half where the text ends so, shrunk towards the prediction of
-    the suffix one token shorter as if that had been seen `prior` times: an unseen suffix falls back to the longest one
-    seen, an unseen token predicts silence. (Of priors 1, 2, 4 and 8, 2 predicts the embedded model's SAEs best at n >
-    1. Shrinking tokens towards the feature's mean instead would change R2 by about its firing frequency times the share
-    of unseen tokens.) Columns, one row a feature: r2_n = 1 - SSE / SST, as it comes, below 0 too; auc_n: chance that a
-    firing has a larger predicted probability of firing than a silent position, against `negatives` random positions (0:
-    all); complexity_n = 1 - r2_n in [0, 1] for n = 1, 3. nan for features silent there.
+    A suffix predicts the mean code where the fit half ends so, shrunk towards what the suffix one
+    token shorter predicts, as if that had been seen `prior` times. So an unseen suffix falls back
+    to the longest one seen; an unseen token predicts silence. (Of priors 1, 2, 4 and 8, 2 predicts
+    the embedded model's SAEs best at n > 1.)
+
+    One row a feature, nan where it is silent in the test half. r2_n: 1 - SSE / SST, may be below
+    0; auc_n: chance that a firing has a larger predicted probability of firing than a silent
+    position, of `negatives` random ones (0: all); complexity_n: 1 - r2_n in [0, 1], for n = 1, 3.
     """
-    n, held, levels = codes.shape[1], ~text.fit, text.ids[:LEVELS]
-    p, j, v = firings(codes)
-    sample = np.flatnonzero(held)
+    sample = np.flatnonzero(~text.fit)
     if 0 < negatives < len(sample):
         sample = np.sort(np.random.default_rng(seed).choice(sample, negatives, replace=False))
-    fits = text.fit[p]
-    known = csr_array((np.ones(fits.sum()), (levels[0][p[fits]], j[fits])), shape=(levels[0].max() + 1, n))
-    known.data[:] = 1
-    asked, fired = known[levels[0][sample]], codes[sample].tocsr().astype(bool)
-    asked = (asked - asked.multiply(fired)).tocoo()  # silent positions at which something is predicted
-    asked_row, asked_feature = asked.coords[0][asked.data > 0], asked.coords[1][asked.data > 0]
-    silent = len(sample) - np.asarray(fired.sum(axis=0)).ravel()
-    asked_ends = np.r_[0, np.bincount(asked_feature, minlength=n).cumsum()]
-    zeros = silent - np.diff(asked_ends)
-    p, j, v = np.r_[p, sample[asked_row]], np.r_[j, asked_feature], np.r_[v, np.zeros(len(asked_row))]
-    order = np.argsort(j * (int(levels[-1].max()) + 1) + levels[-1][p])
-    p, j, v = p[order], j[order], v[order]
-    fitted, tested = text.fit[p] & (v > 0), held[p] & (v > 0)
-    counted = np.bincount(j[tested], minlength=n)
-    squares = np.bincount(j[tested], v[tested]**2, n)
-    spread = np.where(counted > 0, squares - np.bincount(j[tested], v[tested], n)**2 / held.sum(), np.nan)
-
-    code, chance, steps, found = np.zeros(len(p)), np.zeros(len(p)), [], {}
-    for level, ids in enumerate(levels):
-        seen = np.bincount(ids[text.fit], minlength=ids.max() + 1)
-        group = ids[p]
-        new = np.r_[True, (j[1:] != j[:-1]) | (group[1:] != group[:-1])][:len(p)]
-        run, total = np.cumsum(new) - 1, seen[group] + prior
-        shorter = prior * code[new] / total[new]
-        code = (np.bincount(run, v * fitted)[run] + prior * code) / total
-        chance = (np.bincount(run, fitted)[run] + prior * chance) / total
-        parent = np.zeros(len(seen), np.int64)
-        parent[ids] = levels[max(0, level - 1)]
-        steps.append((j[new], group[new], code[new]**2 - shorter**2, (prior / (seen + prior))**2, parent))
-        squared = _squared(steps, np.bincount(ids[held], minlength=len(seen)), n)
-        error = squares - 2 * np.bincount(j[tested], v[tested] * code[tested], n) + squared
-        with np.errstate(divide="ignore", invalid="ignore"):
-            found[f"r2_{level + 1}"] = 1 - error / spread
-            below = _below(chance, j, tested, v == 0, asked_ends, zeros)
-            found[f"auc_{level + 1}"] = below / (counted * silent)
-    for level in (1, 3):
-        found[f"complexity_{level}"] = np.clip(1 - found[f"r2_{level}"], 0, 1)
+    points = _points(codes, text, sample)
+    code = chance = np.zeros(len(points.code))
+    rungs, found = [], {}
+    with np.errstate(divide="ignore", invalid="ignore"):
+        for level in range(LEVELS):
+            code, chance, rung = _climb(points, text, level, prior, code, chance)
+            rungs.append(rung)
+            found[f"r2_{level + 1}"] = _r2(points, text, code, rungs)
+            found[f"auc_{level + 1}"] = _auc(points, chance)
+    for n in (1, 3):
+        found[f"complexity_{n}"] = np.clip(1 - found[f"r2_{n}"], 0, 1)
     return pd.DataFrame(found)
 
 
-def _squared(steps: list, weights: np.ndarray, n: int) -> np.ndarray:
-    """Sum over positions of the squared prediction, (n,), without building it: G_n = a G_(n-1) + what is new in level
-    n.
+class Points(NamedTuple):
+    """The P pairs of position and feature at which predictions are built: all firings, and alarms.
 
-    So the sum over a level's groups is that over its parents, weighted by a^2, plus a term where level n saw firings.
+    An alarm is a silent sampled position whose token fires the feature in the fit half. Pairs are
+    sorted by feature, then by longest suffix, so that each suffix of a feature is one run.
+    """
+
+    position: np.ndarray  # (P,)
+    feature: np.ndarray  # (P,)
+    code: np.ndarray  # (P,); 0 at alarms
+    fit: np.ndarray  # (P,) bool: firings of the fit half
+    tested: np.ndarray  # (P,) bool: firings of the test half
+    calm: np.ndarray  # (n,): each feature's silent sampled positions that are no alarms
+
+
+class Rung(NamedTuple):
+    """How squares of predictions by suffixes of one length come from those one token shorter."""
+
+    parent: np.ndarray  # (groups,): the shorter suffix
+    shrunk: np.ndarray  # (groups,): the square of the factor on its prediction
+    feature: np.ndarray  # (G,)
+    group: np.ndarray  # (G,): suffixes at which the feature has points
+    added: np.ndarray  # (G,): the square of the prediction there, less the shrunk one
+
+
+def _points(codes: csc_array, text: Text, sample: np.ndarray) -> Points:
+    p, j, v = firings(codes)
+    fits, token, longest = text.fit[p], text.ids[0], text.ids[LEVELS - 1]
+    known = csr_array((np.ones(fits.sum()), (token[p[fits]], j[fits])),
+                      shape=(token.max() + 1, codes.shape[1]))
+    known.data[:] = 1
+    expected, fired = known[token[sample]], codes[sample].tocsr().astype(bool)
+    alarms = (expected - expected.multiply(fired)).tocoo()
+    row, feature = (index[alarms.data > 0] for index in alarms.coords)
+    silent = len(sample) - np.asarray(fired.sum(axis=0)).ravel()
+    calm = silent - np.bincount(feature, minlength=codes.shape[1])
+    p, j, v = np.r_[p, sample[row]], np.r_[j, feature], np.r_[v, np.zeros(len(row))]
+    order = np.argsort(j * (int(longest.max()) + 1) + longest[p])
+    p, j, v = p[order], j[order], v[order]
+    return Points(p, j, v, text.fit[p], ~text.fit[p] & (v > 0), calm)
+
+
+def _climb(points: Points, text: Text, level: int, prior: float, code: np.ndarray,
+           chance: np.ndarray) -> tuple[np.ndarray, np.ndarray, Rung]:
+    """Code and chance of firing (P,) as predicted by one token more than those that are given."""
+    ids, shorter = text.ids[level], text.ids[max(0, level - 1)]
+    feature, group, groups = points.feature, ids[points.position], int(ids.max()) + 1
+    new = (feature[1:] != feature[:-1]) | (group[1:] != group[:-1])
+    new = np.r_[True, new][:len(group)]
+    seen = np.bincount(ids[text.fit], minlength=groups)
+    run, total = np.cumsum(new) - 1, seen[group] + prior
+    longer = (np.bincount(run, points.code * points.fit)[run] + prior * code) / total
+    likelier = (np.bincount(run, points.fit)[run] + prior * chance) / total
+    added = longer[new]**2 - (prior * code[new] / total[new])**2
+    parent = np.zeros(groups, np.int64)
+    parent[ids] = shorter
+    shrunk = (prior / (seen + prior))**2
+    return longer, likelier, Rung(parent, shrunk, feature[new], group[new], added)
+
+
+def _r2(points: Points, text: Text, code: np.ndarray, rungs: list[Rung]) -> np.ndarray:
+    """1 - SSE / SST (n,) of predicted codes (P,) over the whole test half."""
+    n, feature, y = len(points.calm), points.feature[points.tested], points.code[points.tested]
+    squares = np.bincount(feature, y**2, n)
+    sst = squares - np.bincount(feature, y, n)**2 / (~text.fit).sum()
+    weights = np.bincount(text.ids[len(rungs) - 1][~text.fit], minlength=len(rungs[-1].parent))
+    sse = squares - 2 * np.bincount(feature, y * code[points.tested], n)
+    return np.where(squares > 0, 1 - (sse + _squared(rungs, weights, n)) / sst, np.nan)
+
+
+def _squared(rungs: list[Rung], weights: np.ndarray, n: int) -> np.ndarray:
+    """The sum (n,) of squared predictions of suffixes, each with its weight (groups,).
+
+    They are never built: each suffix has n. Where a feature has no point, its prediction is a =
+    prior / (seen + prior) times that of the shorter suffix. So the sum is one over shorter
+    suffixes, each weighted by the a^2 of those that extend it, plus what is `added` where there
+    are points.
     """
     total = np.zeros(n)
-    for feature, group, step, shrunk, parent in reversed(steps):
-        total += np.bincount(feature, weights[group] * step, n)
-        weights = np.bincount(parent, weights * shrunk)
+    for rung in reversed(rungs):
+        total += np.bincount(rung.feature, weights[rung.group] * rung.added, n)
+        weights = np.bincount(rung.parent, weights * rung.shrunk)
     return total
 
 
-def _below(chance, j, tested, asked, ends, zeros) -> np.ndarray:
-    """Per feature, pairs (firing, silent position) in which the firing has the larger chance; ties count half."""
-    def key(which):
-        return (j[which].astype(np.uint64) << np.uint64(32)) | chance[which].astype(np.float32).view(np.uint32)
+def _auc(points: Points, chance: np.ndarray) -> np.ndarray:
+    """How often (n,) a firing has a larger chance (P,) than a silent position; ties count half.
 
-    silent, fired = np.sort(key(asked)), np.sort(key(tested))  # sorted ones are searched for many times as fast
-    feature, some = (fired >> np.uint64(32)).astype(np.int64), fired.astype(np.uint32) > 0
-    low, high = np.searchsorted(silent, fired), np.searchsorted(silent, fired, side="right")
-    pairs = low - ends[feature] + (high - low) / 2 + np.where(some, zeros[feature], zeros[feature] / 2)
-    return np.bincount(feature, pairs, len(zeros))
+    Feature and chance go into one 64-bit number, the bits of the float (see `sortable`) below. Two
+    searches in the sorted alarms then find, for the firings of all features at once, how many
+    alarms lie below and how many tie. Calm positions all have chance 0: their number is enough.
+    """
+    def keys(which: np.ndarray) -> np.ndarray:  # sorted ones are searched for many times as fast
+        feature = points.feature[which].astype(np.uint64)
+        return np.sort((feature << np.uint64(32)) | sortable(chance[which]))
+
+    silent, n = points.code == 0, len(points.calm)
+    alarms, firing = keys(silent), keys(points.tested)
+    many = np.bincount(points.feature[silent], minlength=n)
+    feature, some = (firing >> np.uint64(32)).astype(np.int64), firing.astype(np.uint32) > 0
+    low, high = np.searchsorted(alarms, firing), np.searchsorted(alarms, firing, side="right")
+    calm, first = points.calm[feature], (many.cumsum() - many)[feature]
+    pairs = low - first + (high - low) / 2 + np.where(some, calm, calm / 2)
+    fired = np.bincount(feature, minlength=n)
+    return np.bincount(feature, pairs, n) / (fired * (points.calm + many))

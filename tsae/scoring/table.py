@@ -11,41 +11,58 @@ from tsae.scoring.dictionary import nearest_rows
 
 
 @torch.no_grad()
-def by_token(sae: SAE, unigrams: torch.Tensor, x: torch.Tensor, t: torch.Tensor, count: np.ndarray | None = None,
-          batch: int = 4096) -> pd.DataFrame:
-    """The lookup, one row a token that occurs in the pairs x (m, d) raw, t (m,).
+def by_token(sae: SAE, unigrams: torch.Tensor, x: torch.Tensor, t: torch.Tensor,
+             count: np.ndarray | None = None, batch: int = 4096) -> pd.DataFrame:
+    """The quality of the table, one row a token that occurs in the pairs x (m, d) raw, t (m,).
 
-    count: how often it occurs, or `count` (V,), say of the training text; cosine_unigram, ratio_unigram: of its row to
-    its unigram residual (V, d), raw, ratio of norms; cosine_mean, ratio_mean: of what the table predicts alone (row +
-    b_dec) to the token's mean activation in these pairs, the best that any table could predict; nmse_table, nmse: error
-    of the table alone and of the whole SAE; nearest_token, nearest_cosine: the most similar other row of a token that
-    occurs.
+    Columns: token; count: how often it occurs, or its entry in `count` (V,), say of the training
+    text; cosine_unigram, ratio_unigram: of the token's row to its unigram residual, raw (V, d), as
+    cosine and as ratio of norms; cosine_mean, ratio_mean: of what the table predicts alone (row +
+    b_dec) to the token's mean activation here, the best that any table could predict; nmse_table,
+    nmse: errors of the table alone and of the whole SAE; nearest_token, nearest_cosine: the most
+    similar row of another of these tokens. Raises ValueError for an SAE without a table.
     """
     if sae.lookup == "none":
         raise ValueError("this SAE has no lookup table whose quality could be told")
     ids, which = torch.unique(t.cpu(), return_inverse=True)
-    mean, errors, seen = torch.zeros(len(ids), sae.d_model), torch.zeros(2, len(ids)), torch.bincount(which).float()
-    for a, tokens, to in zip(x.split(batch), t.split(batch), which.split(batch)):
-        mean.index_add_(0, to, a.float().cpu())
-        for i, a_hat in enumerate((sae.table_alone(tokens), sae(a, tokens))):
-            errors[i].index_add_(0, to, squared_errors(a, a_hat).float().cpu())
-    mean, errors = mean / seen.unsqueeze(-1), (errors / seen).numpy()
-    rows, alone = sae.W_lookup[ids.to(x.device)].cpu() * sae.scale, sae.table_alone(ids.to(x.device)).cpu()
-    found = dict(token=ids.numpy(), count=seen.long().numpy() if count is None else np.asarray(count)[ids.numpy()])
+    seen = torch.bincount(which)
+    mean, errors = _token_means(sae, x, t, which, seen, batch)
+    rows = sae.W_lookup[ids.to(x.device)].cpu() * sae.scale
+    alone = sae.table_alone(ids.to(x.device)).cpu()
+    found = dict(token=ids.numpy(), count=(seen.numpy() if count is None
+                                           else np.asarray(count)[ids.numpy()]))
     for name, ours, theirs in (("unigram", rows, unigrams.cpu()[ids]), ("mean", alone, mean)):
         found[f"cosine_{name}"] = cosine_similarity(ours, theirs, dim=-1).numpy()
         found[f"ratio_{name}"] = (ours.norm(dim=-1) / theirs.norm(dim=-1)).numpy()
+    found |= dict(nmse_table=errors[0].numpy(), nmse=errors[1].numpy())
     unit = normalize(rows, dim=-1)
     cosine, nearest = nearest_rows(unit, unit, 1)
-    return pd.DataFrame(found | dict(nmse_table=errors[0], nmse=errors[1], nearest_token=ids[nearest[:, 0]].numpy(),
+    return pd.DataFrame(found | dict(nearest_token=ids[nearest[:, 0]].numpy(),
                                      nearest_cosine=cosine[:, 0].numpy()))
 
 
+def _token_means(sae: SAE, x: torch.Tensor, t: torch.Tensor, which: torch.Tensor,
+                 seen: torch.Tensor, batch: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Means over each token's pairs: activations (v, d), and errors (2, v) of table and SAE.
+
+    Pair i is of token which[i] (m,) of v; seen (v,) counts them.
+    """
+    mean, errors = torch.zeros(len(seen), sae.d_model), torch.zeros(2, len(seen))
+    for a, tokens, to in zip(x.split(batch), t.split(batch), which.split(batch)):
+        mean.index_add_(0, to, a.float().cpu())
+        for total, a_hat in zip(errors, (sae.table_alone(tokens), sae(a, tokens))):
+            total.index_add_(0, to, squared_errors(a, a_hat).float().cpu())
+    return mean / seen.float().unsqueeze(-1), errors / seen.float()
+
+
 def by_count(quality: pd.DataFrame, base: float = 4.0) -> pd.DataFrame:
-    """Means of a table's quality over tokens in bins of count, 0 and [base^i, base^(i+1)): columns low, high, tokens, and
-    scores."""
+    """Means of `by_token` over tokens in bins of count: 0, and [base^i, base^(i + 1)).
+
+    Columns: low and high, the first and last count of the bin; tokens, how many; the scores.
+    """
     count = quality["count"].to_numpy()
-    bins = np.where(count == 0, -1, np.floor(np.log(np.maximum(count, 1) + 0.5) / np.log(base))).astype(int)
+    power = np.floor(np.log(np.maximum(count, 1) + 0.5) / np.log(base))  # 0.5 guards base^i
+    bins = np.where(count == 0, -1, power).astype(int)
     means = quality.drop(columns=["token", "nearest_token", "count"]).groupby(bins).mean()
     i, tokens = means.index.to_numpy(), quality.groupby(bins).size()
     means.insert(0, "low", np.where(i < 0, 0, base**np.maximum(i, 0)).astype(int))

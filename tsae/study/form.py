@@ -1,7 +1,7 @@
-"""The blind study of the paper's Table 1: who scores does not know the source, and no score given is lost.
+"""The blind study of the paper's Table 1: scorers do not know the source, and no score is lost.
 
-sample -> Study -> form, once for each scorer; then load, and `agreement.analyse`. A feature is (source, seed, feature):
-an architecture, the seed of its SAE, and the feature's number in it.
+sample -> Study -> form, once for each scorer; then load, and `agreement.analyse`. A feature is
+(source, seed, feature): an architecture, the seed of its SAE, and the feature's number in it.
 """
 
 import csv
@@ -18,44 +18,49 @@ import pandas as pd
 
 from tsae.study.agreement import KEY, SCALES
 
-COLUMNS = ["step", *KEY, "shown", *SCALES]  # a line of a scorer's csv; `shown` is a digest of the text that was shown
+COLUMNS = ["step", *KEY, "shown", *SCALES]  # of a scorer's csv; `shown` is a digest of the text
 HEADER = (",".join(COLUMNS) + "\n").encode()
 
 
 def sample(scores: pd.DataFrame, per_source: int, bins: int, seed: int = 0) -> pd.DataFrame:
-    """`per_source` features of every source, equally many in each `bin` of firing frequency; SAE seeds take turns.
+    """`per_source` features of every source, equally many in each `bin` of firing frequency.
 
-    Edges of bins are the sources' mean quantiles of log frequency. What one bin lacks, the others give.
+    Edges of bins are the sources' mean quantiles of log frequency. SAE seeds take turns. What one
+    bin lacks, the others give.
     """
     live = scores[scores["frequency"] > 0].sort_values(KEY).reset_index(drop=True)
     if live.duplicated(KEY).any():
-        raise ValueError(f"a feature is listed twice: one row for each {', '.join(KEY)} was expected")
-    quantiles = np.log(live["frequency"]).groupby(live["source"]).quantile(np.linspace(0, 1, bins + 1))
-    live["bin"] = np.searchsorted(quantiles.unstack().mean()[1:-1], np.log(live["frequency"]))
+        raise ValueError("a feature is listed twice: one row for each "
+                         f"{', '.join(KEY)} was expected")
+    frequency = np.log(live["frequency"])
+    quantiles = frequency.groupby(live["source"]).quantile(np.linspace(0, 1, bins + 1))
+    live["bin"] = np.searchsorted(quantiles.unstack().mean()[1:-1], frequency)
     room = live.groupby(["bin", "source"]).size().unstack(fill_value=0).min(axis=1)
     if room.sum() < per_source:
-        raise ValueError(f"{per_source} features a source were asked for; with equally many of every source in each of "
-                         f"{bins} bins there are {room.sum()}")
+        raise ValueError(f"{per_source} features a source were asked for; with equally many of "
+                         f"every source in each of {bins} bins there are {room.sum()}")
     generator = np.random.default_rng(seed)
     take = pd.Series(0, generator.permutation(room.index))
     for _ in range(per_source):  # one more in the emptiest bin that has one left
         take[take[take < room.reindex(take.index)].idxmin()] += 1
     mixed = live.sample(frac=1, random_state=generator)
-    mixed = mixed.iloc[mixed.groupby([*KEY[:2], "bin"]).cumcount().argsort(kind="stable")]
+    turn = mixed.groupby(["source", "seed", "bin"]).cumcount()
+    mixed = mixed.iloc[turn.argsort(kind="stable")]
     place = mixed.groupby(["source", "bin"]).cumcount()
     return mixed[place < mixed["bin"].map(take)].sort_values(KEY).reset_index(drop=True)
 
 
 def contexts_html(contexts: pd.DataFrame, title: str = "") -> str:
-    """A feature's contexts (from features.contexts) as an HTML table, the activating token marked, all text escaped."""
+    """A feature's contexts (from features.contexts) as an HTML table, all text escaped."""
     def visible(text: str) -> str:
         return html.escape(text.replace("\n", "⏎").replace("\t", "→"))
 
-    lines = [f"<tr><td style='color:#718096'>{row.code:.1f}</td><td style='text-align:right'>{visible(row.before)}</td>"
+    lines = [f"<tr><td style='color:#718096'>{row.code:.1f}</td>"
+             f"<td style='text-align:right'>{visible(row.before)}</td>"
              f"<td><mark>{visible(row.token)}</mark></td><td>{visible(row.after)}</td></tr>"
              for row in contexts.itertuples()]
-    return (f"<b>{html.escape(title)}</b><table style='font-family:monospace;font-size:12px;white-space:pre'>"
-            f"{''.join(lines)}</table>")
+    style = "font-family:monospace;font-size:12px;white-space:pre"
+    return f"<b>{html.escape(title)}</b><table style='{style}'>{''.join(lines)}</table>"
 
 
 def _whole(name: str, value: int) -> int:
@@ -65,81 +70,112 @@ def _whole(name: str, value: int) -> int:
 
 
 def _read(path: Path) -> tuple[list[dict], int]:
-    """The scores that stand in a scorer's csv, by step, and the bytes of its whole lines; changes nothing.
+    """The scores that stand in a scorer's csv, by step, and the bytes of its whole lines.
 
-    A line without its end was cut off by a crash and does not count. A line without scores takes its step back.
+    Changes nothing. A line without its end was cut off by a crash and does not count. A line
+    without scores takes its step back.
     """
     raw = path.read_bytes() if path.is_file() else b""
-    size, standing = raw.rfind(b"\n") + 1, []
     if not (raw.startswith(HEADER) or HEADER.startswith(raw)):
-        raise ValueError(f"{path} is no file of blind scores: it needs the columns {', '.join(COLUMNS)}")
+        raise ValueError(f"{path} is no file of blind scores: it needs the columns "
+                         f"{', '.join(COLUMNS)}")
+    size, standing = raw.rfind(b"\n") + 1, []
     for number, line in enumerate(raw[len(HEADER):size].split(b"\n")[:-1], 2):
         try:
-            row = dict(zip(COLUMNS, next(csv.reader([line.decode()], strict=True)), strict=True))
-            row |= {name: int(row[name]) for name in ("step", "seed", "feature")}
-            back = not any(row[name] for name in SCALES)
-            if row["step"] != len(standing) - back:
-                raise ValueError(f"step {row['step']} is out of turn")
-            standing[row["step"]:] = [] if back else [row | {name: _whole(name, int(row[name])) for name in SCALES}]
+            _apply(_parsed(line), standing)
         except (ValueError, csv.Error) as error:
-            raise ValueError(f"line {number} of {path} is damaged ({error}): mend it or move the file away") from None
+            raise ValueError(f"line {number} of {path} is damaged ({error}): mend it or move the "
+                             "file away") from None
     return standing, size
 
 
-class Study:
-    """One scorer's features in the scorer's own order, and the scores so far in `<folder>/<scorer>.csv`.
+def _parsed(line: bytes) -> dict:
+    """A csv line by column, numbers as int; the scores are "" in a line that takes a step back."""
+    row = dict(zip(COLUMNS, next(csv.reader([line.decode()], strict=True)), strict=True))
+    row |= {name: int(row[name]) for name in ("step", "seed", "feature")}
+    if any(row[name] for name in SCALES):
+        row |= {name: _whole(name, int(row[name])) for name in SCALES}
+    return row
 
-    `contexts` maps (source, seed, feature) to the feature's contexts. A share `repeats` of the features comes twice, at
-    least half the study apart. The csv is only appended to, and names the sources: it is for afterwards.
+
+def _apply(row: dict, standing: list[dict]) -> None:
+    """Add a line's scores to those that stand, or take the last of them back."""
+    scored = all(row[name] for name in SCALES)
+    if row["step"] != (len(standing) if scored else len(standing) - 1):
+        raise ValueError(f"step {row['step']} is out of turn")
+    standing[row["step"]:] = [row] if scored else []
+
+
+def _order(keys: list[tuple], repeats: float, generator: np.random.Generator) -> list[tuple]:
+    """The keys in random order, a share `repeats` of them twice, at least half of them apart."""
+    n = len(keys)
+    far = max(1, n // 2)
+    places = {float(place): keys[i] for place, i in enumerate(generator.permutation(n))}
+    twice = min(max(1, round(repeats * n)), n - far) if repeats else 0
+    for first in generator.choice(n - far, twice, replace=False):
+        key = places[float(first)]
+        places[generator.integers(first + far, n) + generator.uniform(0.1, 0.9)] = key
+    return [places[place] for place in sorted(places)]
+
+
+class Study:
+    """One scorer's features in an order of their own, and the scores so far.
+
+    `contexts` maps (source, seed, feature) to the feature's contexts. A share `repeats` of the
+    features comes twice, at least half the study apart. Scores are in `<folder>/<scorer>.csv`,
+    which is only appended to. It names the sources: it is for afterwards.
     """
 
-    def __init__(self, contexts: dict[tuple[str, int, int], pd.DataFrame], folder: str | Path, scorer: str,
-                 seed: int = 0, repeats: float = 0.1):
+    def __init__(self, contexts: dict[tuple[str, int, int], pd.DataFrame], folder: str | Path,
+                 scorer: str, seed: int = 0, repeats: float = 0.1):
         self.scorer = str(scorer).strip().lower()
         if not re.fullmatch("[a-z0-9][a-z0-9_-]{0,39}", self.scorer):
-            raise ValueError(f"{scorer!r} cannot name a scorer: 1 to 40 of a-z, 0-9, - and _ were expected")
-        if not contexts or not 0 <= repeats <= 0.5 or any(re.search(r"[\r\n]", source) for source, *_ in contexts):
-            raise ValueError("a study needs features, sources named on one line, and a share of repeats from 0 to 0.5")
+            raise ValueError(f"{scorer!r} cannot name a scorer: 1 to 40 of a-z, 0-9, - and _ were "
+                             "expected")
+        broken = any(re.search(r"[\r\n]", source) for source, *_ in contexts)
+        if not contexts or not 0 <= repeats <= 0.5 or broken:
+            raise ValueError("a study needs features, sources named on one line, and a share of "
+                             "repeats from 0 to 0.5")
         self.path = Path(folder) / f"{self.scorer}.csv"
-        self.contexts = {(source, int(sae), int(feature)): kept for (source, sae, feature), kept in contexts.items()}
+        self.contexts = {(source, int(sae), int(feature)): shown
+                         for (source, sae, feature), shown in contexts.items()}
         generator = np.random.default_rng([seed, *self.scorer.encode()])
-        keys, n = sorted(self.contexts), len(contexts)
-        far = max(1, n // 2)
-        places = {float(place): keys[i] for place, i in enumerate(generator.permutation(n))}
-        twice = min(max(1, round(repeats * n)), n - far) if repeats else 0
-        for first in generator.choice(n - far, twice, replace=False):  # again, after at least `far` others
-            places[generator.integers(first + far, n) + generator.uniform(0.1, 0.9)] = places[float(first)]
-        self.order = [places[place] for place in sorted(places)]
+        self.order = _order(sorted(self.contexts), repeats, generator)
         self.scores, self._size = _read(self.path)
         for row in self.scores:
-            if row["step"] >= len(self.order) or [row[name] for name in COLUMNS[:5]] != self._fields(row["step"]):
-                raise ValueError(f"step {row['step']} of {self.path} is about another feature, text or order than this "
-                                 "study's: give the study another folder")
+            if (row["step"] >= len(self.order)
+                    or [row[name] for name in COLUMNS[:5]] != self._fields(row["step"])):
+                raise ValueError(f"step {row['step']} of {self.path} is about another feature, "
+                                 "text or order than this study's: give the study another folder")
         if self.path.is_file() and self.path.stat().st_size > self._size:
             os.truncate(self.path, self._size)  # a line cut off by a crash, which never counted
 
     def _fields(self, step: int) -> list:
-        text = self.contexts[self.order[step]][["before", "token", "after"]].to_csv(index=False, lineterminator="\n")
-        return [step, *self.order[step], hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:12]]
+        """A csv line's fields before its scores."""
+        shown = self.contexts[self.order[step]][["before", "token", "after"]]
+        text = shown.to_csv(index=False, lineterminator="\n").encode("utf-8", "surrogatepass")
+        return [step, *self.order[step], hashlib.sha256(text).hexdigest()[:12]]
 
-    def _append(self, *scores) -> dict:
-        """A line for the next step, or one that takes the last back; on disk when this returns."""
-        row = dict(zip(COLUMNS, [*self._fields(len(self.scores) - (not any(scores))), *scores]))
-        csv.writer(line := io.StringIO(), lineterminator="\n").writerow(row.values())
+    def _append(self, step: int, *scores) -> dict:
+        """A csv line for a step, empty `scores` to take it back; on disk when this returns."""
+        row = [*self._fields(step), *scores]
+        line = io.StringIO()
+        csv.writer(line, lineterminator="\n").writerow(row)
         written = (b"" if self._size else HEADER) + line.getvalue().encode()
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with open(self.path, "ab") as file:
             if file.tell() != self._size:
-                raise ValueError(f"{self.path} was changed meanwhile, perhaps in a second window: nothing was "
-                                 "recorded. Make the study again to go on")
+                raise ValueError(f"{self.path} was changed meanwhile, perhaps in a second window: "
+                                 "nothing was recorded. Make the study again to go on")
             file.write(written)
             file.flush()
             os.fsync(file.fileno())
         if not self._size and os.name == "posix":  # the new file's name too
             folder = os.open(self.path.parent, os.O_RDONLY)
-            os.fsync(folder), os.close(folder)
+            os.fsync(folder)
+            os.close(folder)
         self._size += len(written)
-        return row
+        return dict(zip(COLUMNS, row))
 
     @property
     def next(self) -> tuple[str, int, int] | None:
@@ -154,82 +190,120 @@ class Study:
         """Score the next feature, each 1 to 10; the line is on disk when this returns."""
         if self.finished:
             raise ValueError("all features are scored")
-        self.scores.append(self._append(_whole("interpretability", interpretability), _whole("complexity", complexity)))
+        given = _whole("interpretability", interpretability), _whole("complexity", complexity)
+        self.scores.append(self._append(len(self.scores), *given))
 
     def undo(self) -> None:
-        """Take the last score back, by a line that says so. Not at the end, when the sources are open."""
+        """Take the last score back, by a line that says so. Not at the end: sources are open."""
         if not self.scores or self.finished:
-            raise ValueError("the study is finished" if self.scores else "there is no score to take back")
-        self._append("", "")
+            raise ValueError("the study is finished" if self.scores
+                             else "there is no score to take back")
+        self._append(len(self.scores) - 1, *[""] * len(SCALES))
         self.scores.pop()
 
     def summary(self) -> pd.DataFrame:
-        """Unblinding: mean scores by source, repeats left out. Raises ValueError while features are unscored."""
+        """Unblinding: mean scores by source without repeats. ValueError before the study's end."""
         if not self.finished:
-            raise ValueError(f"{len(self.scores)} of {len(self.order)} are scored: finish before unblinding")
+            raise ValueError(f"{len(self.scores)} of {len(self.order)} are scored: finish before "
+                             "unblinding")
         first = pd.DataFrame(self.scores).drop_duplicates(KEY)
         return first.groupby("source")[list(SCALES)].agg(["mean", "std", "count"])
 
 
 def form(study: Study) -> widgets.VBox:
-    """The next feature and two rows of buttons. Without a mouse: type both scores and Enter, or u and Enter to undo."""
-    guide = "".join(f"<li><b>{name}</b>: {'; '.join(f'{band} {text}' for band, text in bands.items())}</li>"
-                    for name, bands in SCALES.items())
-    guide = widgets.HTML(f"<ul>{guide}<li>The number before a line is the activation, 10 at the feature's strongest. "
-                         "Some features come twice, to see how steady scores are.</li></ul>")
+    """The next feature and two rows of buttons.
+
+    Without a mouse: type both scores and Enter, or u and Enter to undo.
+    """
     bar, said, shown = widgets.IntProgress(0, 0, len(study.order)), widgets.HTML(), widgets.HTML()
-    rows = {name: widgets.ToggleButtons(options=range(1, 11), value=None, description=name, style={
-        "button_width": "32px", "description_width": "110px"}) for name in SCALES}  # no value yet: nothing to lean on
-    keys = widgets.Text(placeholder="or type, as 8 3, then Enter (u: undo)", layout={"width": "300px"})
+    rows = [_one_to_ten(name) for name in SCALES]
+    keys = widgets.Text(placeholder="or type, as 8 3, then Enter (u: undo)",
+                        layout={"width": "300px"})
     save = widgets.Button(description="Record and next", button_style="primary")
     back = widgets.Button(description="Undo the last")
 
     def refresh(message: str = "") -> None:
-        n, m, key = len(study.scores), len(study.order), study.next
-        bar.value, bar.description = n, f"{n} of {m}"
-        last = "The last one: it cannot be undone." if n == m - 1 else ""
-        said.value = message or ("Done. Run the next cell to see the sources." if key is None else last)
-        kept = None if key is None else study.contexts[key]  # activations relative: their scale could tell the source
-        shown.value = "" if key is None else contexts_html(kept.assign(code=10 * kept["code"] / kept["code"].max()))
-        for row in rows.values():
-            row.value, row.disabled = None, key is None
-        keys.value, keys.disabled, back.disabled = "", key is None, key is None or n == 0
-        ready()
+        n, done = len(study.scores), study.finished
+        bar.value, bar.description = n, f"{n} of {bar.max}"
+        said.value = message or _stage(study)
+        shown.value = "" if done else _relative(study.contexts[study.next])
+        for row in rows:
+            row.value, row.disabled = None, done
+        keys.value, keys.disabled, back.disabled = "", done, done or n == 0
+        allow_save()
 
-    def ready(_=None) -> None:
-        save.disabled = study.finished or any(row.value is None for row in rows.values())
+    def allow_save(_=None) -> None:
+        save.disabled = study.finished or any(row.value is None for row in rows)
 
-    def act(what, *given) -> None:
+    def act(change, *given) -> None:
+        before = len(study.scores)
         try:
-            what(*given)
+            change(*given)
         except (ValueError, OSError) as error:
             said.value = html.escape(str(error))
         else:
-            refresh("Taken back." if what == study.undo else "")
+            refresh("Taken back." if len(study.scores) < before else "")
 
     def typed(_, content: dict, __) -> None:
-        if content.get("event") != "submit":
-            return
-        if keys.value.strip().lower() == "u":
-            act(study.undo)
-        elif re.fullmatch(r"\s*\d+[\s,;/]+\d+\s*", keys.value):
-            act(study.record, *map(int, re.findall(r"\d+", keys.value)))
-        else:
-            said.value = f"Two numbers from 1 to 10 were expected, {' then '.join(SCALES)}: nothing was recorded."
+        if content.get("event") == "submit":
+            act(_obey, study, keys.value)
 
-    for row in rows.values():
-        row.observe(ready, "value")
-    save.on_click(lambda _: act(study.record, *(row.value for row in rows.values())))
+    for row in rows:
+        row.observe(allow_save, "value")
+    save.on_click(lambda _: act(study.record, *(row.value for row in rows)))
     back.on_click(lambda _: act(study.undo))
     keys.on_msg(typed)
     refresh()
-    return widgets.VBox([bar, guide, shown, *rows.values(), widgets.HBox([keys, save, back]), said])
+    return widgets.VBox([bar, _guide(), shown, *rows, widgets.HBox([keys, save, back]), said])
+
+
+def _guide() -> widgets.HTML:
+    scales = "".join(
+        f"<li><b>{name}</b>: {'; '.join(f'{band} {text}' for band, text in bands.items())}</li>"
+        for name, bands in SCALES.items())
+    return widgets.HTML(f"<ul>{scales}<li>The number before a line is the activation, 10 at the "
+                        "feature's strongest. Some features come twice, to see how steady scores "
+                        "are.</li></ul>")
+
+
+def _one_to_ten(name: str) -> widgets.ToggleButtons:
+    style = {"button_width": "32px", "description_width": "110px"}
+    return widgets.ToggleButtons(options=range(1, 11), value=None,  # no value: nothing to lean on
+                                 description=name, style=style)
+
+
+def _relative(contexts: pd.DataFrame) -> str:
+    """Contexts with their codes on a scale to 10: the true scale could tell the source."""
+    return contexts_html(contexts.assign(code=10 * contexts["code"] / contexts["code"].max()))
+
+
+def _stage(study: Study) -> str:
+    if study.finished:
+        return "Done. Run the next cell to see the sources."
+    last = len(study.scores) == len(study.order) - 1
+    return "The last one: it cannot be undone." if last else ""
+
+
+def _obey(study: Study, text: str) -> None:
+    """Do what was typed."""
+    if text.strip().lower() == "u":
+        study.undo()
+    elif re.fullmatch(r"\s*\d+[\s,;/]+\d+\s*", text):
+        study.record(*map(int, re.findall(r"\d+", text)))
+    else:
+        raise ValueError(f"Two numbers from 1 to 10 were expected, {' then '.join(SCALES)}: "
+                         "nothing was recorded.")
 
 
 def load(folder: str | Path) -> pd.DataFrame:
-    """The scores of every scorer, one row a showing: `scorer`, the csv's columns, and `repeat` for second showings."""
-    scores = pd.DataFrame([dict(scorer=path.stem) | row for path in sorted(Path(folder).glob("*.csv"))
-                           for row in _read(path)[0]], columns=["scorer", *COLUMNS])
+    """The scores of every scorer, one row a showing.
+
+    Columns: scorer, those of the csv, and `repeat`, True for second showings.
+    """
+    rows = [dict(scorer=path.stem) | row for path in sorted(Path(folder).glob("*.csv"))
+            for row in _read(path)[0]]
+    scores = pd.DataFrame(rows, columns=["scorer", *COLUMNS])
     if (scores.groupby(KEY)["shown"].nunique() > 1).any():
-        raise ValueError(f"{folder}: scorers saw different texts of the same feature, so this is more than one study")
+        raise ValueError(f"{folder}: scorers saw different texts of the same feature, so this is "
+                         "more than one study")
     return scores.assign(repeat=scores.duplicated(["scorer", *KEY]))

@@ -1,0 +1,65 @@
+"""Oracle: one token after the other."""
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from tsae import evaluate
+from tsae.sae import SAE
+from tsae.scoring import table
+
+
+def pairs():
+    """An SAE with a table of 7 tokens, its unigrams (7, 16), and 50 pairs, in which token 6 does not occur."""
+    sae = SAE(16, 9, "relu", scale=0.7, vocabulary=7, lookup="learned")
+    sae.start(torch.zeros(16), torch.randn(7, 16, generator=torch.Generator().manual_seed(1)), seed=0)
+    random = torch.Generator().manual_seed(2)
+    sae.b_dec.data.normal_(generator=random)
+    unigrams, x = torch.randn(7, 16, generator=random), torch.randn(50, 16, generator=random)
+    return sae, unigrams, x, torch.randint(0, 6, (50,), generator=random)
+
+
+@torch.no_grad()
+def test_every_token_is_that_of_a_loop():
+    sae, unigrams, x, t = pairs()
+    found = table.by_token(sae, unigrams, x, t, batch=8).set_index("token")
+    assert found.index.tolist() == sorted(set(t.tolist())) and 6 not in found.index
+    for token, row in found.iterrows():
+        mine = x[t == token]
+        alone, ours, mean = (sae.b_dec + sae.W_lookup[token]) * 0.7, sae.W_lookup[token] * 0.7, mine.mean(0)
+        assert row["count"] == len(mine)
+        own = unigrams[token]
+        assert row.cosine_unigram == pytest.approx((ours @ own / ours.norm() / own.norm()).item(), abs=1e-5)
+        assert row.ratio_unigram == pytest.approx((ours.norm() / unigrams[token].norm()).item(), rel=1e-5)
+        assert row.cosine_mean == pytest.approx((alone @ mean / alone.norm() / mean.norm()).item(), abs=1e-5)
+        assert row.ratio_mean == pytest.approx((alone.norm() / mean.norm()).item(), rel=1e-5)
+        assert row.nmse_table == pytest.approx(evaluate.nmse(mine, alone.expand_as(mine)), rel=1e-5)
+        assert row.nmse == pytest.approx(evaluate.nmse(mine, sae(mine, t[t == token])), rel=1e-5)
+        others = {other: torch.cosine_similarity(ours, sae.W_lookup[other], dim=0).item()
+                  for other in found.index if other != token}
+        assert row.nearest_token == max(others, key=others.get)
+        assert row.nearest_cosine == pytest.approx(max(others.values()), abs=1e-5)
+
+
+def test_bins_of_count_are_means_of_tokens():
+    sae, unigrams, x, t = pairs()
+    trained = np.array([0, 3, 4, 15, 16, 63, 64])
+    tokens = table.by_token(sae, unigrams, x, t, trained)
+    assert tokens["count"].tolist() == trained[:6].tolist()
+    bins = table.by_count(tokens)
+    assert bins[["low", "high", "tokens"]].values.tolist() == [[0, 0, 1], [1, 3, 1], [4, 15, 2], [16, 63, 2]]
+    assert bins["nmse"][2] == pytest.approx(tokens["nmse"][2:4].mean())
+
+
+def test_powers_of_the_base_start_a_bin():
+    counts = [0, *range(1, 1200)]
+    tokens = table.by_count(pd.DataFrame(dict(count=counts, token=counts, nearest_token=0, nmse=1.0)), base=10)
+    assert tokens[["low", "high", "tokens"]].values.tolist() == [[0, 0, 1], [1, 9, 9], [10, 99, 90], [100, 999, 900],
+                                                                [1000, 9999, 200]]
+
+
+def test_an_sae_without_a_table_is_refused():
+    _, unigrams, x, t = pairs()
+    with pytest.raises(ValueError, match="no lookup table"):
+        table.by_token(SAE(16, 9, "relu"), unigrams, x, t)
