@@ -28,7 +28,7 @@ def naive_largest(row, k):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.int16, torch.float64])
 @pytest.mark.parametrize("m, k", [(5, 5), (64, 1), (1024, 8), (1000, 3), (4096, 32), (12288, 32), (12288, 384), (97, 2)])
 def test_top_is_the_head_of_a_sort(m, k, dtype, kind):
-    v = torch.randn(7, m, generator=torch.Generator().manual_seed(m))
+    v = torch.randn(2, m, generator=torch.Generator().manual_seed(m))
     v = (KINDS[kind](v).clamp(-30, 30) * (1000 if dtype == torch.int16 else 1)).to(dtype)
     chosen = kernels.top(v, k)
     for row, places in zip(v.tolist(), chosen.tolist()):

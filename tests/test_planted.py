@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import byte_tokenizer, tiny_network
 from scipy.sparse import csc_array
-from test_scores import BIGRAM, PLACE, SKIP, TOKEN, TOPIC, stream
+from streams import BIGRAM, PLACE, SKIP, TOKEN, TOPIC, stream
 
 from tsae.lm import LM
 from tsae.sae import SAE

@@ -10,7 +10,8 @@ from tsae import readme
 
 
 def test_a_table_is_markdown_and_keeps_its_bars():
-    assert readme.markdown([{"a": 1, "b|c": "x|y"}, {"a": 2, "b|c": ""}]) == "| a | b\\|c |\n| --- | --- |\n| 1 | x\\|y |\n| 2 |  |"
+    rows = [{"a": 1, "b|c": "x|y"}, {"a": 2, "b|c": ""}]
+    assert readme.markdown(rows).splitlines() == ["| a | b\\|c |", "| --- | --- |", "| 1 | x\\|y |", "| 2 |  |"]
     assert readme.with_interval(pd.Series(dict(value=0.5, low=0.25, high=1)), "{:.0%}") == "50% [25%, 100%]"
 
 
@@ -26,9 +27,9 @@ def test_blocks_are_replaced_and_the_rest_is_kept(tmp_path, monkeypatch):
             readme.written(lacking, tmp_path)
 
 
-@pytest.mark.parametrize("module, never", [("readme", "plotly kaleido transformers nnsight datasets"), ("text", "nnsight plotly"),
-                                           ("picture", "nnsight transformers"), ("plots", "nnsight"), ("interop", "nnsight plotly"),
-                                           ("store", "plotly transformers nnsight datasets")])
+@pytest.mark.parametrize("module, never", [
+    ("readme", "plotly kaleido transformers nnsight datasets"), ("text", "nnsight plotly"), ("picture", "nnsight transformers"),
+    ("plots", "nnsight"), ("interop", "nnsight plotly"), ("store", "plotly transformers nnsight datasets")])
 def test_a_module_loads_only_what_it_needs(module, never):
     code = f"import sys, tsae.{module}; print(sorted(sys.modules.keys() & set({never.split()})))"
     told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)

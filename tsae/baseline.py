@@ -11,8 +11,7 @@ NAMES = {"none": WITHOUT, "learned": WITH}  # of a `lookup`, in result tables an
 
 
 def conditional_mean(stats: dict[str, torch.Tensor], prior: float = 4.0) -> torch.Tensor:
-    """E[a | t] (V, d), shrunk towards the overall mean as if that had been seen `prior` times with
-    t."""
+    """E[a | t] (V, d), shrunk to the overall mean as if that was seen `prior` times with each t."""
     return (stats["sum"] + prior * stats["mean"]) / (stats["count"].unsqueeze(-1) + prior)
 
 

@@ -54,8 +54,7 @@ def sortable(values: np.ndarray) -> np.ndarray:
 
 
 def by_strength(codes: csc_array) -> np.ndarray:
-    """The order (nnz,) of firings by feature, then strongest first (in float32), then by
-    position."""
+    """The order (nnz,) of firings: by feature, strongest first (in float32), then by position."""
     return ordered_within(firings(codes)[1], ~sortable(codes.data))
 
 
@@ -75,16 +74,14 @@ def strongest(codes: csc_array, top: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def first_of_each(order: np.ndarray, feature: np.ndarray, ends: np.ndarray, top: int) -> np.ndarray:
-    """1.0 (nnz,) at the first `top` of each feature's firings in an `order` that keeps them
-    together."""
+    """1.0 (nnz,) at the first `top` firings of each feature in an `order` by feature."""
     chosen = np.zeros(len(order))
     chosen[order] = np.arange(len(order)) - ends[feature] < top
     return chosen
 
 
 def evenly(codes: csc_array, mask: np.ndarray, each: int) -> np.ndarray:
-    """Up to `each` firings of every feature at positions of a mask (m,), evenly over ranks of
-    code."""
+    """Up to `each` firings of every feature where mask (m,) is True, evenly over ranks of code."""
     order = by_strength(codes)
     order = order[mask[codes.indices[order]]]
     feature = firings(codes)[1][order]

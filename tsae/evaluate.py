@@ -21,8 +21,7 @@ def nmse(x: torch.Tensor, x_hat: torch.Tensor) -> float:
 
 
 def fvu(x: torch.Tensor, x_hat: torch.Tensor) -> float:
-    """Fraction of variance unexplained: summed squared error over summed squared distance to the
-    mean activation."""
+    """Fraction of variance unexplained: summed squared error over that of the mean activation."""
     return ((x - x_hat).square().sum() / (x - x.mean(0)).square().sum()).item()
 
 
@@ -37,8 +36,7 @@ def ce_recovered(patched: float, clean: float, ablated: float) -> float:
 
 
 def interval(values: Iterable[float], level: float = 0.95) -> tuple[float, float, float]:
-    """(mean, low, high): Student's t interval over independent runs. One value gives (value, nan,
-    nan)."""
+    """(mean, low, high) over independent runs, by Student's t; (value, nan, nan) for one."""
     values = np.asarray(list(values), dtype=float)
     if len(values) < 2:
         return values.mean(), float("nan"), float("nan")
@@ -47,8 +45,7 @@ def interval(values: Iterable[float], level: float = 0.95) -> tuple[float, float
 
 
 def summarise(table: pd.DataFrame, by: list[str], metrics: list[str]) -> pd.DataFrame:
-    """Over the runs (seeds) of each group: columns by ..., metric, value, low, high, runs; groups
-    in order of appearance."""
+    """Over the runs (seeds) of each group: columns `by`, metric, value, low, high, runs."""
     rows = []
     for names, group in table.groupby(by, sort=False, dropna=False):
         for metric in metrics:
@@ -61,8 +58,7 @@ def summarise(table: pd.DataFrame, by: list[str], metrics: list[str]) -> pd.Data
 
 
 def tokens_to_reach(tokens: Iterable[float], values: Iterable[float], target: float) -> float:
-    """Training tokens at which a falling curve first reaches `target`, log-linear between its
-    points; nan if never."""
+    """Tokens at which a falling curve reaches `target`, log-linear between points; nan if never."""
     tokens, values = np.asarray(list(tokens), float), np.asarray(list(values), float)
     below = np.flatnonzero(values <= target)
     if len(below) == 0:
@@ -75,16 +71,14 @@ def tokens_to_reach(tokens: Iterable[float], values: Iterable[float], target: fl
 
 
 def l0_at_equal(l0: Iterable[float], errors: Iterable[float], error: float) -> float:
-    """The L0 at which a front (log-log linear between its points) has this error; nan outside the
-    front."""
+    """The L0 at which a front, log-log linear between points, has this error; nan outside of it."""
     points = sorted(zip(np.log(list(errors)), np.log(list(l0))))
     xs, ys = [x for x, _ in points], [y for _, y in points]
     return float(np.exp(np.interp(np.log(error), xs, ys, left=np.nan, right=np.nan)))
 
 
 def error_at_equal(l0: Iterable[float], errors: Iterable[float], wanted: float) -> float:
-    """The error of a front at this L0, log-log linear between its points; beyond its ends, that of
-    the nearest point."""
+    """The error of a front, log-log linear between points, at this L0; flat beyond its ends."""
     points = sorted(zip(np.log(list(l0)), np.log(list(errors))))
     return float(np.exp(np.interp(np.log(wanted), [x for x, _ in points], [y for _, y in points])))
 
@@ -141,23 +135,20 @@ def reconstruction(sae: SAE, x: torch.Tensor, t: torch.Tensor,
 
 
 def table_drift(sae: SAE, start: torch.Tensor, seen: torch.Tensor) -> dict[str, float]:
-    """Cosine and norm ratio of the table to its `start` (V, d, raw), averaged over the token ids
-    `seen` in training."""
+    """Cosine and norm ratio of the table to its `start` (V, d) raw, means over the ids `seen`."""
     table, start = sae.W_lookup.detach()[seen] * sae.scale, start[seen]
     return dict(table_cosine=torch.cosine_similarity(table, start, dim=-1).mean().item(),
                 table_norm_ratio=(table.norm(dim=-1) / start.norm(dim=-1)).mean().item())
 
 
 def ablations(tail: Callable, mean: torch.Tensor) -> dict[str, float]:
-    """Cross-entropy in nats over `tail` (see lm.LM.tail): clean, and with its activations set to
-    zero and to their mean."""
+    """Nats over `tail` (lm.LM.tail): clean, and with activations set to zero and to their mean."""
     return dict(ce_clean=tail(None), ce_zero=tail(lambda x, t: torch.zeros_like(x)),
                 ce_mean=tail(lambda x, t: mean.expand_as(x)))
 
 
 def cross_entropy(sae: SAE, tail: Callable, baseline: dict[str, float]) -> dict[str, float]:
-    """ce_added and ce_recovered (against mean ablation) with the reconstruction patched in;
-    `baseline` from `ablations`."""
+    """ce_added and ce_recovered of the patched reconstruction; `baseline` from `ablations`."""
     patched = tail(sae)
     result = dict(ce_added=ce_added(patched, baseline["ce_clean"]),
                   ce_recovered=ce_recovered(patched, baseline["ce_clean"], baseline["ce_mean"]))

@@ -32,7 +32,7 @@ if triton is not None:
     @triton.jit
     def _sum_segments(rows, weights, W, first, last, out, partial, tail, d, TAIL: tl.constexpr,
                       E: tl.constexpr, D: tl.constexpr):
-        """out[s] = sum of weights[e] W[rows[e]] from first[s] to last[s], and its tail's partial."""
+        """out[s] = sum of weights[e] W[rows[e]] from first[s] to last[s], and of the tail."""
         s = tl.program_id(0).to(tl.int64)
         column = tl.program_id(1) * D + tl.arange(0, D)
         inside = column < d

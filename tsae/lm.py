@@ -45,8 +45,7 @@ class Layer:
 
 
 class LM:
-    """A causal LM and its tokenizer. `centred` tells whether residuals have zero mean over
-    d_model."""
+    """A causal LM and its tokenizer. `centred`: residuals have zero mean over d_model."""
 
     def __init__(self, model: nn.Module, tokenizer, name: str = ""):
         self.model, self.tokenizer = model.eval().requires_grad_(False), tokenizer
@@ -73,8 +72,7 @@ class LM:
 
     @property
     def ordinary(self) -> torch.Tensor:
-        """The ids (m,) of tokens that are not special: no BOS, no rows that only pad the
-        embedding."""
+        """The ids (m,) of ordinary tokens: no special one, no row that only pads the embedding."""
         ids = torch.arange(min(self.vocabulary, len(self.tokenizer)))
         return ids[~torch.isin(ids, self.special)].to(self.device)
 
@@ -88,8 +86,7 @@ class LM:
         return state.hexdigest()
 
     def layer_number(self, wanted: int) -> int:
-        """`wanted` where the model has that layer; -1 is two thirds of the way up, the paper's 8 of
-        12."""
+        """`wanted`, if the model has it; -1 is two thirds of the way up, the paper's 8 of 12."""
         number = round(self.n_layers * 2 / 3) if wanted == -1 else wanted
         self._check_layers([number])
         return number

@@ -23,14 +23,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.functional import embedding, mse_loss, relu, threshold
 
-from tsae.kernels import Bound, Gated, JumpReLU, Support, kth_largest, preactivations
-from tsae.kernels import select_above, select_top, sum_rows, total
+from tsae import kernels
+from tsae.kernels import Support, kth_largest, preactivations, select_top, sum_rows, total
 
 # A new activation: name it here, make its parameters in SAE.__init__ and give it a case in SAE.act.
 # If its codes or gradients need pre-activations below 0, say so in SAE._bound. That is all.
 ACTIVATIONS = ("relu", "topk", "batchtopk", "jumprelu", "gated")
-LOOKUPS = ("none", "frozen", "learned")
-SEES = ("full", "rest")
+LOOKUPS, SEES = ("none", "frozen", "learned"), ("full", "rest")
 CONFIG, WEIGHTS = "config.json", "weights.safetensors"
 KthLargest = Callable[[Tensor, int], Tensor]  # values (m,), k -> the k-th largest, a scalar
 
@@ -76,16 +75,17 @@ class SAE(nn.Module):
         self._configure(dict(d_model=d_model, n=n, activation=activation, k=k,
                              vocabulary=vocabulary, lookup=lookup, encoder_sees=encoder_sees,
                              scale=float(scale), aux_lookup=aux_lookup, bandwidth=bandwidth))
-        self.W_enc, self.b_enc = _zeros(n, d_model), _zeros(n)
-        self.W_dec, self.b_dec = _zeros(n, d_model), _zeros(d_model)
+        self.W_enc, self.b_enc = nn.Parameter(torch.zeros(n, d_model)), nn.Parameter(torch.zeros(n))
+        self.W_dec = nn.Parameter(torch.zeros(n, d_model))
+        self.b_dec = nn.Parameter(torch.zeros(d_model))
         if lookup != "none":
-            self.W_lookup = _zeros(vocabulary, d_model).requires_grad_(lookup == "learned")
+            self.W_lookup = nn.Parameter(torch.zeros(vocabulary, d_model), lookup == "learned")
         if activation == "jumprelu":
             self.log_threshold = nn.Parameter(torch.full((n,), 2.0).log())
         if activation == "batchtopk":
             self.register_buffer("threshold", torch.tensor(-1.0))  # below 0: no batch seen yet
         if activation == "gated":
-            self.r_mag, self.b_mag = _zeros(n), _zeros(n)
+            self.r_mag, self.b_mag = nn.Parameter(torch.zeros(n)), nn.Parameter(torch.zeros(n))
 
     def _configure(self, config: dict) -> None:
         """Keep the arguments of __init__: as attributes, and for `save` as `config`."""
@@ -119,9 +119,8 @@ class SAE(nn.Module):
         self.b_dec.copy_(mean / self.scale)
         if self.lookup != "none" and table is not None:
             if table.shape != self.W_lookup.shape:
-                raise ValueError(
-                    f"the table given has shape {tuple(table.shape)}, expected one row per token "
-                    f"and one column per coordinate: {tuple(self.W_lookup.shape)}")
+                raise ValueError(f"the table has shape {tuple(table.shape)}, expected one row per "
+                                 f"token, one column per coordinate: {tuple(self.W_lookup.shape)}")
             self.W_lookup.copy_(table * (table_scale / self.scale))
         return self
 
@@ -180,10 +179,10 @@ class SAE(nn.Module):
             just_below = torch.nextafter(least, least.new_tensor(-math.inf)).item()
             return Active(threshold(pre, just_below, 0.0), support, least=least)
         if self.activation == "jumprelu":
-            codes, l0 = JumpReLU.apply(pre, self.log_threshold, self.bandwidth, support)
+            codes, l0 = kernels.JumpReLU.apply(pre, self.log_threshold, self.bandwidth, support)
             return Active(codes, support, l0)
         if self.activation == "gated":
-            codes, gates = Gated.apply(pre, self.b_enc, self.r_mag, self.b_mag, support)
+            codes, gates = kernels.Gated.apply(pre, self.b_enc, self.r_mag, self.b_mag, support)
             return Active(codes, support, self._weighed(gates, support), gates)
         codes = relu(pre)
         return Active(codes, support, self._weighed(codes, support))
@@ -201,7 +200,7 @@ class SAE(nn.Module):
             return kth(values, self.k * b).clamp_min(0)
         return self.threshold
 
-    def _bound(self, b: int, kth: KthLargest) -> Bound | None:
+    def _bound(self, b: int, kth: KthLargest) -> kernels.Bound | None:
         """What a pre-activation must reach to matter to codes or gradients; None: all matter."""
         if self.b_enc.is_cuda:
             return None
@@ -220,8 +219,8 @@ class SAE(nn.Module):
         """Equation 1 on z (b, d) in units of `scale`; of the active features only, if few."""
         if self.activation == "topk":
             return Active(*self.selected(z, t))
-        seen, bound = self.encoder_input(z, t), self._bound(len(z), kth)
-        pre, support = select_above(seen, self.b_dec, self.W_enc, self.b_enc, bound)
+        pre, support = kernels.select_above(self.encoder_input(z, t), self.b_dec, self.W_enc,
+                                            self.b_enc, self._bound(len(z), kth))
         return self.act(pre, support, kth)
 
     def _rebuilt(self, active: Active, t: Tensor | None) -> Tensor:
@@ -320,7 +319,3 @@ class SAE(nn.Module):
             raise ValueError(f"{', '.join(wrong)} of the SAE in {folder} have NaN or infinite "
                              "values: train it again with a smaller rate")
         return sae.eval()
-
-
-def _zeros(*shape: int) -> nn.Parameter:
-    return nn.Parameter(torch.zeros(shape))

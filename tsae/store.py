@@ -28,10 +28,9 @@ def model_path(name: str) -> str:
 
 
 def run_folder(run_name: str, **inputs: str) -> Path:
-    """Where a run keeps its tables, figures and SAEs.
+    """Where a run keeps its tables, figures and SAEs: data/runs/<run_name>, or an absolute path.
 
-    That is data/runs/<run_name>, or `run_name` itself if it is an absolute path. Without a name the
-    `inputs` (model, corpus) name the folder: "embedded" for the defaults, else a hash.
+    Without a name the `inputs` (model, corpus) name it: "embedded" for the defaults, else a hash.
     """
     standard = all(inputs[name] == default for name, default in STANDARD.items() if name in inputs)
     return DATA / "runs" / (run_name or ("embedded" if standard else key(**inputs)))
@@ -39,10 +38,7 @@ def run_folder(run_name: str, **inputs: str) -> Path:
 
 @contextmanager
 def replacing(path: str | Path):
-    """Yields a temporary path beside `path`. It replaces `path` if the block ends without an error.
-
-    What safetensors raises on a full disk is no OSError. Here it becomes one.
-    """
+    """Yields a temporary path beside `path`. It replaces `path` if the block raises no error."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(path.suffix, f".{path.stem}-", path.parent)
@@ -53,7 +49,7 @@ def replacing(path: str | Path):
             os.fsync(written.fileno())  # the bytes before the name, should the machine stop
         os.chmod(temporary, 0o644)  # mkstemp makes files that only their owner can read
         os.replace(temporary, path)
-    except SafetensorError as error:
+    except SafetensorError as error:  # what it raises on a full disk is no OSError
         raise OSError(f"{path} could not be written ({error}): free some space there or choose "
                       "another folder") from error
     finally:
@@ -96,8 +92,7 @@ def read_table(path: str | Path, made_by: str = "") -> pd.DataFrame:
     return pd.read_csv(path, keep_default_na=False, na_values=[""], lineterminator="\n")
 
 
-def result(folder: Path, name: str, table: pd.DataFrame, notebook: str,
-           **parameters: object) -> None:
+def result(folder: Path, name: str, table: pd.DataFrame, notebook: str, **parameters) -> None:
     """Write a result table to folder/tables/<name>.csv, and what made it to the manifest there."""
     path = write_table(folder / "tables" / f"{name}.csv", table)
     manifest = folder / "tables" / "manifest.json"
@@ -129,8 +124,7 @@ def read_tensors(path: str | Path) -> dict[str, torch.Tensor] | None:
         reason = "its checksum differs" if noted else "it has no checksum"
     except SafetensorError as error:
         reason = str(error)
-    tqdm.write(f"{path} is damaged or of an older version ({reason}): it is made anew",
-               file=sys.stderr)
+    tqdm.write(f"{path} is damaged or too old ({reason}): it is made anew", file=sys.stderr)
     return None
 
 

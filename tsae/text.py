@@ -3,14 +3,13 @@
 import ast
 import gc
 import hashlib
-import importlib.metadata
-import importlib.util
 import math
 import sys
 import time
 from array import array
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from importlib import metadata, util
 from itertools import chain, islice
 from pathlib import Path
 
@@ -36,9 +35,8 @@ def _docstrings_of(path: str) -> list[str]:
     """The docstrings of 100 characters or more of one source file. Nothing in it is executed."""
     try:
         source = Path(path).read_text(encoding="utf-8")
-        if '"""' not in source and "'''" not in source:  # a third of the files
-            return []
-        tree = ast.parse(source)
+        quoted = '"""' in source or "'''" in source  # a third of the files: no need to parse them
+        tree = ast.parse(source if quoted else "")
     except (SyntaxError, UnicodeDecodeError, ValueError):  # some tests are wrong on purpose
         return []
     kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
@@ -49,21 +47,18 @@ def _docstrings_of(path: str) -> list[str]:
 def docstrings(packages: Iterable[str] = PACKAGES, fresh_share: float = 0.5) -> list[str]:
     """The docstrings of installed packages, one document each, in the order of their hashes.
 
-    Libraries repeat their parameter lists hundreds of times: a document is left out unless more
-    than `fresh_share` of its characters are in new lines. Cached for each set of versions.
+    Left out: repetition, with at most `fresh_share` of its characters in lines not seen before.
     """
-    packages = tuple(packages)
     versions = {name: version(name) for name in packages}
     key = store.key(versions=versions, fresh_share=fresh_share, version=VERSION)
     cached = store.CACHE / f"docstrings-{key}.json"
     if cached.is_file():
         return store.read_json(cached)["documents"]
-    files = [str(path) for name in packages for path in sorted(_folder(name).rglob("*.py"))]
+    files = [str(path) for name in versions for path in sorted(_folder(name).rglob("*.py"))]
     with ProcessPoolExecutor(initializer=gc.disable) as pool:  # it would free no syntax tree
-        found = pool.map(_docstrings_of, files, chunksize=32)
-        found = tqdm(found, "reading docstrings", len(files), unit="file", leave=False)
-        found = list(chain.from_iterable(found))
-    documents = _without_repetition(found, fresh_share)
+        found = tqdm(pool.map(_docstrings_of, files, chunksize=32), "reading docstrings",
+                     len(files), unit="file", leave=False)
+        documents = _without_repetition(chain.from_iterable(found), fresh_share)
     documents.sort(key=lambda text: hashlib.sha256(text.encode()).digest())
     store.write_json(cached, {"versions": versions, "documents": documents})
     return documents
@@ -82,8 +77,7 @@ def _without_repetition(texts: Iterable[str], fresh_share: float) -> list[str]:
 
 
 def _folder(package: str) -> Path:
-    spec = importlib.util.find_spec(package)
-    if spec is None:
+    if (spec := util.find_spec(package)) is None:
         raise ModuleNotFoundError(f"the docstring corpus reads the package {package!r}, which is "
                                   "not installed: run `pip install -r requirements.txt`")
     return Path(spec.submodule_search_locations[0])
@@ -93,17 +87,15 @@ def version(package: str) -> str:
     """The installed version of a package, by its import name, or "not installed"."""
     name = {"sklearn": "scikit-learn"}.get(package, package)
     try:
-        return importlib.metadata.version(name).split("+")[0]  # torch's build changes no docstring
-    except importlib.metadata.PackageNotFoundError:
+        return metadata.version(name).split("+")[0]  # torch's build changes no docstring
+    except metadata.PackageNotFoundError:
         return "not installed"
 
 
 def fingerprint(documents: Iterable[str]) -> str:
     """sha256 over the documents in their order, as hex."""
-    state = hashlib.sha256()
-    for text in documents:
-        state.update(hashlib.sha256(text.encode()).digest())
-    return state.hexdigest()
+    digests = (hashlib.sha256(text.encode()).digest() for text in documents)
+    return hashlib.sha256(b"".join(digests)).hexdigest()
 
 
 def documents(corpus: str, split: str = "train", column: str = "text") -> Iterator[str]:
@@ -112,8 +104,7 @@ def documents(corpus: str, split: str = "train", column: str = "text") -> Iterat
     `corpus` is "docstrings" (those of the installed packages); a .txt file (cut at blank lines into
     documents of about 2000 characters); a .jsonl or .parquet file (a document a row); a folder of
     such files; or a dataset of the Hugging Face hub, "owner/name" or "owner/name:configuration",
-    streamed, and tried again after each of RETRY_AFTER_S where the network fails. Raises
-    FileNotFoundError, ValueError or ConnectionError that says what was looked for.
+    streamed. A FileNotFoundError, ValueError or ConnectionError says what was looked for.
     """
     if corpus == DOCSTRINGS:
         return iter(docstrings())
@@ -123,14 +114,14 @@ def documents(corpus: str, split: str = "train", column: str = "text") -> Iterat
     if path.is_dir():
         files = [file for file in _files(path) if file.suffix in SUFFIXES]
         if not files:
-            raise ValueError(
-                f"the corpus folder {corpus!r} holds no file that ends in {', '.join(SUFFIXES)}")
+            raise ValueError(f"the corpus folder {corpus!r} holds no file that ends in "
+                             f"{', '.join(SUFFIXES)}")
         of_split = [file for file in files if file.name.startswith((f"{split}-", f"{split}."))]
         # In the hub's layout a file's name starts with its split.
         return chain.from_iterable(_from_file(file, column) for file in of_split or files)
     if path.suffix in SUFFIXES or corpus.startswith((".", "/", "~")):
         raise FileNotFoundError(f"there is no corpus file or folder {corpus!r}")
-    return _texts(_from_hub(corpus, split, RETRY_AFTER_S), corpus, column)
+    return _texts(_from_hub(corpus, split), corpus, column)
 
 
 def _files(path: Path) -> list[Path]:
@@ -139,19 +130,15 @@ def _files(path: Path) -> list[Path]:
     return [file for file in files if file.is_file()]
 
 
-def _from_hub(corpus: str, split: str, waits_s: Iterable[float]) -> Iterator[dict]:
-    """The rows of a streamed dataset. Where the network fails: wait, reopen, skip the rows given.
-
-    After each row that came through, the `waits_s` (seconds) start from the first again.
-    """
+def _from_hub(corpus: str, split: str) -> Iterator[dict]:
+    """The rows of a streamed dataset. Where the network fails: wait, reopen, skip the rows given."""
     name, _, configuration = corpus.partition(":")
-    waits, given = list(waits_s), 0
-    left = iter(waits)
+    given, waits = 0, iter(RETRY_AFTER_S)
     while True:
         try:
             stream = datasets.load_dataset(name, configuration or None, split=split, streaming=True)
             for row in islice(stream, given, None):
-                given, left = given + 1, iter(waits)
+                given, waits = given + 1, iter(RETRY_AFTER_S)  # a row: all tries are open again
                 yield row
             return
         except Exception as error:  # the hub client raises dozens of types
@@ -161,11 +148,10 @@ def _from_hub(corpus: str, split: str, waits_s: Iterable[float]) -> Iterator[dic
                 raise ValueError(
                     f"the corpus {corpus!r} is no local file and could not be {done} on the "
                     f"Hugging Face hub ({said}): check name and network, {INSTEAD}") from error
-            wait = next(left, None)
-            if wait is None:
+            if (wait := next(waits, None)) is None:
                 raise ConnectionError(
-                    f"the Hugging Face hub failed {len(waits) + 1} times in a row to give row "
-                    f"{given} of {corpus!r} ({said}): try again later, {INSTEAD}") from error
+                    f"the Hugging Face hub failed {len(RETRY_AFTER_S) + 1} times in a row to give "
+                    f"row {given} of {corpus!r} ({said}): try again later, {INSTEAD}") from error
             tqdm.write(f"the Hugging Face hub failed at row {given} of {corpus!r} ({said}): trying "
                        f"again in {wait:g} s", file=sys.stderr)
         time.sleep(wait)
@@ -179,17 +165,14 @@ def _passes(error: BaseException | None) -> bool:
     status = getattr(response, "status_code", None) or getattr(error, "status", None)  # aiohttp's
     if isinstance(status, int):
         return status in (408, 429) or status >= 500
-    if isinstance(error, (ConnectionError, TimeoutError)):
+    packages = {kind.__module__.split(".")[0] for kind in type(error).__mro__}
+    if CLIENTS & packages and not isinstance(error, (FileNotFoundError, ValueError)):
         return True
-    of_a_client = CLIENTS & {kind.__module__.split(".")[0] for kind in type(error).__mro__}
-    if of_a_client and not isinstance(error, (FileNotFoundError, ValueError)):
-        return True
-    return _passes(error.__cause__)
+    return isinstance(error, (ConnectionError, TimeoutError)) or _passes(error.__cause__)
 
 
 def _from_file(file: Path, column: str) -> Iterator[str]:
-    kind = SUFFIXES.get(file.suffix)
-    if kind is None:
+    if (kind := SUFFIXES.get(file.suffix)) is None:
         raise ValueError(f"the corpus file {file} ends in none of {', '.join(SUFFIXES)}")
     if kind == "text":
         yield from _paragraphs(file.read_text(encoding="utf-8", errors="replace"))
@@ -201,10 +184,8 @@ def _rows(file: Path, kind: str) -> Iterator[dict]:
     try:
         yield from datasets.load_dataset(kind, data_files=str(file), split="train", streaming=True)
     except Exception as error:  # the reader raises a dozen types for damage, some name no file
-        said = f"{type(error).__name__}: {error}"
-        raise ValueError(
-            f"the corpus file {file} is damaged or no {kind} of one object a row ({said}): restore "
-            "it, or write one object with a text column a row") from error
+        raise ValueError(f"the corpus file {file} is damaged or no {kind} of one object a row "
+                         f"({type(error).__name__}: {error}): restore it, or write it so") from error
 
 
 def _paragraphs(text: str, about: int = 2000) -> Iterator[str]:
@@ -230,9 +211,8 @@ def _texts(stream: Iterable[dict], corpus: str, column: str) -> Iterator[str]:
         if isinstance(text, str):
             yield text
         elif text is not None:
-            raise ValueError(f"the column {column!r} of the corpus {corpus!r} holds a "
-                             f"{type(text).__name__} where a string was expected: name a text "
-                             f"column with `column`; there are {', '.join(row)}")
+            raise ValueError(f"column {column!r} of {corpus!r} holds a {type(text).__name__} where "
+                             f"a string was expected: choose `column` from {', '.join(row)}")
 
 
 def is_validation(document: str, share: float) -> bool:
@@ -244,8 +224,7 @@ def bos_id(tokenizer) -> int:
     """The id of the token that starts every row. ValueError for a tokenizer that has none."""
     if tokenizer.bos_token_id is None:
         raise ValueError(f"the tokenizer {tokenizer.name_or_path!r} has no BOS token, which starts "
-                         "every row and every unigram [BOS, t]: name one of its tokens with "
-                         '`bos_token`, such as "<|endoftext|>"')
+                         'every row: name one of its tokens with `bos_token`, as "<|endoftext|>"')
     return tokenizer.bos_token_id
 
 
@@ -281,9 +260,9 @@ def _cut(stream: array, bos: int, context: int, wanted: int, name: str) -> torch
     if wanted:
         n = min(n, math.ceil(wanted / context))
     if n == 0:
-        raise ValueError(
-            f"the corpus gives {len(stream)} {name} tokens, fewer than one row of {context - 1}: "
-            "use a longer corpus (documents go to one side or the other whole) or less `context`")
+        raise ValueError(f"the corpus gives {len(stream)} {name} tokens, fewer than one row of "
+                         f"{context - 1}: use a longer corpus (documents go to one side or the "
+                         "other whole) or less `context`")
     body = torch.frombuffer(stream, dtype=torch.int32, count=n * (context - 1)).view(n, context - 1)
     return torch.cat([torch.full((n, 1), bos, dtype=torch.int32), body], dim=1)
 
@@ -291,15 +270,11 @@ def _cut(stream: array, bos: int, context: int, wanted: int, name: str) -> torch
 def tokens(corpus: str, tokenizer, context: int, train_tokens: int, validation_tokens: int,
            validation_share: float = 0.05, split: str = "train",
            column: str = "text") -> dict[str, torch.Tensor]:
-    """`pack(documents(corpus), ...)`, cached: a second equal call reads no document.
-
-    Without `train_tokens` all of the text is read, and cached once for every `validation_tokens`.
-    """
-    if validation_tokens and not train_tokens:
+    """`pack(documents(corpus), ...)`, cached: a second equal call reads no document."""
+    if validation_tokens and not train_tokens:  # all is read, and cached once for any number
         rows = tokens(corpus, tokenizer, context, 0, 0, validation_share, split, column)
         _say_short(corpus, rows, validation=validation_tokens)
-        first = math.ceil(validation_tokens / context)
-        return rows | dict(validation=rows["validation"][:first])
+        return rows | dict(validation=rows["validation"][:math.ceil(validation_tokens / context)])
     files = [(file.resolve(), file.stat()) for file in _files(Path(corpus).expanduser())]
     stamp = [(str(file), about.st_size, about.st_mtime_ns) for file, about in files]
     if corpus == DOCSTRINGS:

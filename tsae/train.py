@@ -1,5 +1,4 @@
-"""Training: what one step does (`Run.step`), how SAEs start and learn (`RECIPES`), and one loop
-(`fit`)."""
+"""Training: one step (`Run.step`), one loop (`fit`), how SAEs start and learn (`RECIPES`)."""
 
 import math
 import warnings
@@ -19,12 +18,10 @@ SPIKE = 10.0  # a batch whose loss is so many times its running mean is no batch
 
 
 class RowAdam(torch.optim.Optimizer):
-    """Adam for tables with sparse gradients: only rows of the batch move, each with a step count of
-    its own.
+    """Adam for tables with sparse gradients: only rows of the batch move, each with its step count.
 
-    A row's first step is then lr in every coordinate, as for any parameter. Dense Adam would go on
-    moving a row for dozens of steps after its token was seen, and pass over the whole table each
-    time.
+    A row's first step is then lr in every coordinate, as for any parameter. Dense Adam would move
+    a row for dozens of steps after its token was seen, and pass over the whole table each time.
     """
 
     ROWS = 256  # handled at a time, so that they stay in the caches from the first line to the last
@@ -74,8 +71,7 @@ def learning_rate(progress: float, schedule: str, last: float) -> float:
 class Alone:
     """What a process that trains tells the others that share its batch: alone, nothing.
 
-    Where there are others, an object with the same four members takes its place
-    (scale.parallel.Ranks).
+    Where there are others, scale.parallel.Ranks takes its place, with the same four members.
     """
 
     world = 1
@@ -112,8 +108,8 @@ class Run:
             tokens=tokens, lr=lr, table_lr=table_lr, schedule=schedule, last_lr=last_lr,
             sparsity=sparsity, sparsity_warmup=sparsity_warmup, dead_after_tokens=dead_after_tokens,
             aux_weight=aux_weight, checks=checks, log_every_tokens=log_every_tokens, seed=seed)
-        self.name = f"{sae.activation} SAE (n {sae.n}, k {sae.k}, lookup {sae.lookup}" + (
-            ")" if seed is None else f", seed {seed})")
+        which = "" if seed is None else f", seed {seed}"
+        self.name = f"{sae.activation} SAE (n {sae.n}, k {sae.k}, lookup {sae.lookup}{which})"
         self.sae, self.tokens, self.schedule, self.last_lr = sae.train(), tokens, schedule, last_lr
         self.sparsity, self.warmup_tokens = sparsity, max(1.0, sparsity_warmup * tokens)
         self.dead_after_tokens, self.aux_weight = dead_after_tokens, aux_weight
@@ -134,9 +130,8 @@ class Run:
         while self.seen < self.tokens:
             x, t = next(pairs, (None, None))
             if x is None:
-                raise ValueError(f"{self.tokens} tokens of training were asked for, the "
-                                 f"activations ended after {self.seen}: give more text, or train "
-                                 "on fewer")
+                raise ValueError(f"{self.tokens} tokens of training were asked for, the activations"
+                                 f" ended after {self.seen}: give more text, or train on fewer")
             yield x.to(self.silent.device), t.to(self.silent.device)
 
     def step(self, x: torch.Tensor, t: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -172,8 +167,7 @@ class Run:
                                  "tokens: lower `lr`, or check the activations for outliers")
 
     def refuse_nan_weights(self) -> None:
-        """Raises FloatingPointError that names the parameters with NaN or infinite values, if
-        any."""
+        """Raises FloatingPointError that names the parameters with NaN or infinite values."""
         wrong = [name for name, p in self.sae.named_parameters() if not torch.isfinite(p).all()]
         if wrong:
             raise FloatingPointError(
@@ -206,8 +200,7 @@ class Run:
         return bool(self.checks_left) and self.seen >= min(self.checks_left[0], self.tokens)
 
     def line(self, x: torch.Tensor, out: dict[str, torch.Tensor]) -> dict[str, float]:
-        """The line of the history after the step on x (b, d) that gave `out`, and its check if
-        due."""
+        """The history's line after the step on x (b, d) that gave `out`, with its check if due."""
         z, self.logged = x / self.sae.scale, self.seen
         values = dict(loss=out["loss"].item(), l0=(out["codes"] > 0).sum().item() / len(x),
                       nmse=squared_errors(z, out["z_hat"]).mean().item(),

@@ -1,6 +1,5 @@
 """What the pages show of an SAE: its features, their contexts and tokens, and the text's tokens."""
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -15,60 +14,43 @@ from tsae.sae import SAE
 from tsae.scoring.dictionary import nearest_rows
 
 BINS = 30  # of a histogram of codes, of equal width from 0 to the feature's largest code
-LISTED = 8  # tokens in each list of a feature, features in the list of a token
-NEAREST = 6
+LISTED, NEAREST = 8, 6  # tokens in a list of a feature or features of a token; nearest rows
 
 
 @dataclass
 class Material:
-    """Held-out text and what belongs to its language model, the same for every SAE that is shown.
-
-    x (m, d), t (m,): raw activations and tokens of m positions. rows (N, T): the token rows they
-    come from; places (m, 2): their row and column in these, from features.where. strings: the V
-    tokens as text. Optional, (V, d): unigrams, the activations of [BOS, t]; unembedding, the rows
-    that score next tokens, with the final norm's gain folded in.
-    """
-
-    x: torch.Tensor
-    t: torch.Tensor
-    rows: torch.Tensor
-    places: np.ndarray
-    strings: list[str]
-    unigrams: torch.Tensor | None = None
-    unembedding: torch.Tensor | None = None
+    """Held-out text and what belongs to its language model, the same for all SAEs shown."""
+    x: torch.Tensor  # (m, d) raw activations of m positions
+    t: torch.Tensor  # (m,) their tokens
+    rows: torch.Tensor  # (N, T) the token rows they come from
+    places: np.ndarray  # (m, 2) their row and column in these, from features.where
+    strings: list[str]  # the V tokens as text
+    unigrams: torch.Tensor | None = None  # (V, d) the activations of [BOS, t]
+    unembedding: torch.Tensor | None = None  # (V, d) scores next tokens; has the final norm's gain
 
     def __post_init__(self):
         tokens, known = self.rows.cpu().numpy()[tuple(self.places.T)], len(self.strings)
-        if (not len(self.x) == len(self.t) == len(tokens)
-                or not np.array_equal(tokens, self.t.cpu().numpy())):
+        if len(self.x) != len(self.t) or not np.array_equal(tokens, self.t.cpu().numpy()):
             raise ValueError("x, t and places do not belong together: rows[places] must be t "
                              "(see features.where)")
         if (np.diff(self.places @ [self.rows.shape[1], 1]) <= 0).any():
             raise ValueError("the places are not in reading order: take them from features.where")
-        if int(self.rows.max()) >= known:
-            raise ValueError(f"the text holds token {int(self.rows.max())}, there are strings for "
-                             f"{known}")
-        for name in ("unigrams", "unembedding"):
-            table = getattr(self, name)
+        if (largest := int(self.rows.max())) >= known:
+            raise ValueError(f"the text holds token {largest}, there are strings for {known}")
+        for name, table in dict(unigrams=self.unigrams, unembedding=self.unembedding).items():
             if table is not None and len(table) != known:
-                raise ValueError(f"{name} has {len(table)} rows, there are strings for {known} "
-                                 "tokens")
+                raise ValueError(f"{name} has {len(table)} rows, with strings for {known} tokens")
 
 
 @dataclass
 class Pages:
-    """What is shown of one SAE.
-
-    n: its features; scores: one row a live feature; features: one dict for each of these; tokens:
-    one dict for each token of the text; directions (live, d): the decoder's rows, of unit norm.
-    """
-
+    """What is shown of one SAE."""
     name: str
-    n: int
-    scores: pd.DataFrame
-    features: list[dict]
-    tokens: dict[int, dict]
-    directions: torch.Tensor
+    n: int  # its features, of which some are live
+    scores: pd.DataFrame  # a row for each live feature
+    features: list[dict]  # one for each of these rows
+    tokens: dict[int, dict]  # one for each token of the text
+    directions: torch.Tensor  # (live, d) the decoder's rows, of unit norm
 
 
 def gather(sae: SAE, name: str, material: Material, scores: pd.DataFrame | None = None,
@@ -77,8 +59,7 @@ def gather(sae: SAE, name: str, material: Material, scores: pd.DataFrame | None 
 
     `scores` has a column "feature" and any others: numbers, text, or token ids where the name ends
     in `_token`. Contexts are `contexts_each` of the strongest, of those nearest to the median code,
-    and of random ones; a row of text stands in each list once. Codes are in units of the SAE's
-    scale.
+    and of random ones; a row of text stands in each list once. Codes are in the SAE's scale.
     """
     if sae.lookup != "none" and sae.vocabulary != len(material.strings):
         raise ValueError(f"the table of {name!r} has {sae.vocabulary} rows, there are strings for "
@@ -91,12 +72,14 @@ def gather(sae: SAE, name: str, material: Material, scores: pd.DataFrame | None 
     peak = np.maximum.reduceat(codes.data, codes.indptr[:-1])
     mass = np.add.reduceat(codes.data, codes.indptr[:-1], dtype=np.float64)
     t = material.t.cpu().numpy().astype(np.int64)
-    pairs = _by_token(codes, t)
     directions = sae.W_dec.detach()[torch.as_tensor(live, device=sae.W_dec.device)].float()
-
+    pairs = _by_token(codes, t)
+    best = _heaviest(pairs, "feature")
+    share = short(best["mass"] / mass[best["feature"]])  # of the feature's mass
     shown = dict(peak=short(peak).tolist(), histogram=_histograms(codes, peak).tolist(),
                  contexts=_contexts(codes, material.places, contexts_each, seed),
-                 tokens=_tokens_of_features(pairs, mass), **_related(sae, directions, material))
+                 tokens=_lists(best["feature"], len(live), best["token"].tolist(), share.tolist()),
+                 **_related(sae, directions, material))
     features = [dict(zip(shown, row)) for row in zip(*shown.values())]
     tokens = _features_of_tokens(pairs, t, live)
     if sae.lookup != "none":
@@ -104,8 +87,7 @@ def gather(sae: SAE, name: str, material: Material, scores: pd.DataFrame | None 
     count = np.diff(codes.indptr)
     table = pd.DataFrame(dict(feature=live, frequency=count / len(t), peak_code=peak,
                               mean_code=mass / count))
-    if scores is not None:
-        table = _joined(table, scores)
+    table = table if scores is None else _joined(table, scores)
     return Pages(name, sae.n, table, features, tokens, normalize(directions, dim=1))
 
 
@@ -114,8 +96,7 @@ def short(values: np.ndarray) -> np.ndarray:
     values = np.asarray(values, np.float64)
     with np.errstate(divide="ignore", invalid="ignore"):
         unit = 10.0 ** np.clip(3 - np.floor(np.log10(np.abs(values))), 0, 15)
-        rounded = np.round(values * unit) / unit
-    return np.where((values == 0) | ~np.isfinite(values), values, rounded)
+        return np.where(np.isfinite(values) & (values != 0), np.round(values * unit) / unit, values)
 
 
 def leading(order: np.ndarray, group: np.ndarray, most: int) -> np.ndarray:
@@ -124,12 +105,7 @@ def leading(order: np.ndarray, group: np.ndarray, most: int) -> np.ndarray:
     return order[np.arange(len(order)) - np.searchsorted(ordered, ordered) < most]
 
 
-def distinct(order: np.ndarray, key: np.ndarray) -> np.ndarray:
-    """An order without the entries whose key has come before."""
-    return order[np.sort(np.unique(key[order], return_index=True)[1])]
-
-
-def _lists(group: np.ndarray, n: int, *columns: Iterable) -> list[list[tuple]]:
+def _lists(group: np.ndarray, n: int, *columns: list) -> list[list[tuple]]:
     """The rows of `columns`, in one list for each of n groups. `group` ascends."""
     rows, ends = list(zip(*columns)), np.searchsorted(group, np.arange(n + 1))
     return [rows[first:end] for first, end in pairwise(ends.tolist())]
@@ -147,23 +123,26 @@ def _joined(table: pd.DataFrame, scores: pd.DataFrame) -> pd.DataFrame:
 def _histograms(codes: csc_array, peak: np.ndarray) -> np.ndarray:
     """How many of each feature's codes fall into each bin, (live, BINS)."""
     feature = firings(codes)[1]
-    share = codes.data / peak[feature]  # in float32, as the encoder gives codes
-    bins = np.minimum(BINS * share, BINS - 1).astype(np.int64)
+    bins = np.minimum(BINS * (codes.data / peak[feature]), BINS - 1).astype(np.int64)  # in float32
     return np.bincount(feature * BINS + bins, minlength=BINS * len(peak)).reshape(-1, BINS)
 
 
 def _contexts(codes: csc_array, places: np.ndarray, each: int, seed: int) -> list[dict[str, list]]:
-    """For each feature {kind: [(row, column, columns, codes)]}.
-
-    A context is a firing, in a row and column of text; columns and codes are those of all the
-    feature's firings in that row.
-    """
+    """For each feature {kind: [(row, column, columns and codes of its firings in that row)]}."""
     position, feature, code = firings(codes)
     row, column = places[position].T
     in_row = feature * (int(row.max()) + 1) + row  # ascends: firings are in reading order
+    top = by_strength(codes)
+    rank = np.empty(len(top), np.int64)
+    rank[top] = np.arange(len(top)) - codes.indptr[feature]  # 0 is the feature's strongest
+    from_middle = abs(2 * rank - np.diff(codes.indptr)[feature] + 1).astype(np.uint32)
+    lot = np.random.default_rng(seed).permutation(len(top)).astype(np.uint32)
+    orders = dict(top=top, middle=ordered_within(feature, from_middle),
+                  random=ordered_within(feature, lot))
     columns, shown, found = column.tolist(), short(code).tolist(), {}
-    for kind, order in _orders(codes, seed).items():
-        chosen = leading(distinct(order, in_row), feature, each)
+    for kind, order in orders.items():
+        firsts = order[np.sort(np.unique(in_row[order], return_index=True)[1])]  # one a row
+        chosen = leading(firsts, feature, each)
         spans = list(zip(np.searchsorted(in_row, in_row[chosen]).tolist(),
                          np.searchsorted(in_row, in_row[chosen], side="right").tolist()))
         found[kind] = _lists(feature[chosen], codes.shape[1], row[chosen].tolist(),
@@ -172,23 +151,8 @@ def _contexts(codes: csc_array, places: np.ndarray, each: int, seed: int) -> lis
     return [dict(zip(found, kinds)) for kinds in zip(*found.values())]
 
 
-def _orders(codes: csc_array, seed: int) -> dict[str, np.ndarray]:
-    """Orders (nnz,) of firings by feature, then: strongest first, middle ranks first, random."""
-    feature, top = firings(codes)[1], by_strength(codes)
-    rank = np.empty(len(top), np.int64)
-    rank[top] = np.arange(len(top)) - codes.indptr[feature]  # 0 is the feature's strongest
-    last = np.diff(codes.indptr)[feature] - 1
-    from_middle = abs(2 * rank - last).astype(np.uint32)
-    lot = np.random.default_rng(seed).permutation(len(top)).astype(np.uint32)
-    return dict(top=top, middle=ordered_within(feature, from_middle),
-                random=ordered_within(feature, lot))
-
-
 def _by_token(codes: csc_array, t: np.ndarray) -> pd.DataFrame:
-    """One row for each feature and token on which it fires: feature, token, mass, fired.
-
-    mass is the sum of the codes there, fired their number.
-    """
+    """For each feature and token on which it fires: sum (mass) and number (fired) of its codes."""
     position, feature, code = firings(codes)
     above = int(t.max()) + 1
     pair, entry = np.unique(feature * above + t[position], return_inverse=True)
@@ -203,18 +167,8 @@ def _heaviest(pairs: pd.DataFrame, by: str) -> pd.DataFrame:
     return pairs.iloc[leading(np.lexsort((-pairs["mass"], group)), group, LISTED)]
 
 
-def _tokens_of_features(pairs: pd.DataFrame, mass: np.ndarray) -> list[list[tuple]]:
-    """For each feature [(token, its share of the feature's mass)]."""
-    best = _heaviest(pairs, "feature")
-    share = short(best["mass"] / mass[best["feature"]])
-    return _lists(best["feature"], len(mass), best["token"].tolist(), share.tolist())
-
-
 def _features_of_tokens(pairs: pd.DataFrame, t: np.ndarray, live: np.ndarray) -> dict[int, dict]:
-    """{token of the text: dict(features, l0)}; l0 is the mean number of features that fire on it.
-
-    features is [(feature, share of the token's positions where it fires, mean code there)].
-    """
+    """{token: dict(features=[(feature, share of positions, mean code)], l0=firings a position)}."""
     seen, occurs = np.unique(t, return_counts=True)
     best = _heaviest(pairs, "token")
     place = np.searchsorted(seen, best["token"])
@@ -222,9 +176,8 @@ def _features_of_tokens(pairs: pd.DataFrame, t: np.ndarray, live: np.ndarray) ->
                       short(best["fired"] / occurs[place]).tolist(),
                       short(best["mass"] / best["fired"]).tolist())
     fired = np.bincount(pairs["token"], pairs["fired"], minlength=seen[-1] + 1)[seen]
-    l0 = short(fired / occurs).tolist()
-    return {token: dict(features=found, l0=level)
-            for token, found, level in zip(seen.tolist(), features, l0)}
+    return {token: dict(features=found, l0=l0)
+            for token, found, l0 in zip(seen.tolist(), features, short(fired / occurs).tolist())}
 
 
 def matches(a: torch.Tensor, b: torch.Tensor, top: int, sign: int = 1) -> list[list[tuple]]:
@@ -238,14 +191,10 @@ def _centred(table: torch.Tensor) -> torch.Tensor:
 
 
 def _related(sae: SAE, directions: torch.Tensor, material: Material) -> dict[str, list]:
-    """Tokens by the direction (live, d) that each feature writes, as [(token, product)].
-
-    Next tokens that it promotes and suppresses, nearest unigrams, nearest rows of the table.
-    """
+    """Tokens that each direction (live, d) promotes, suppresses, is near to: [(token, product)]."""
     lists, unit = {}, normalize(directions, dim=1)
     if material.unembedding is not None:
-        centred = material.unembedding - material.unembedding.mean(0)
-        logits = centred.to(directions) * sae.scale
+        logits = (material.unembedding - material.unembedding.mean(0)).to(directions) * sae.scale
         lists["promoted"] = matches(directions, logits, LISTED)
         lists["suppressed"] = matches(directions, logits, LISTED, -1)
     if material.unigrams is not None:

@@ -3,9 +3,8 @@
     material = Material(x, t, rows, places, strings, unigrams, unembedding)  # shared by all SAEs
     write("browser", material, [gather(sae, "with table", material, scores), ...], "My SAEs")
 
-The folder opens from disk and stays fast with tens of thousands of features: it loads them in
-parts. `write_one` makes a single file with the same pages. Use it in JupyterLab, which does not
-let a page load others beside it.
+The folder opens from disk and loads tens of thousands of features in parts. `write_one` makes a
+single file with the same pages, for JupyterLab, where a page cannot load others beside it.
 """
 
 import base64
@@ -34,10 +33,7 @@ MEANINGS = dict(frequency="share of the positions where it fires", peak_code="it
 
 
 def script_json(value: object) -> str:
-    """JSON that can stand inside a <script>, or ValueError where there is a NaN.
-
-    It has no "<", so neither `</script>` nor `<!--`, and is ASCII, so that it has no U+2028.
-    """
+    """ASCII JSON without "<" (no `</script>`, no U+2028), for a <script>. ValueError for a NaN."""
     return json.dumps(value, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
 
 
@@ -46,13 +42,12 @@ def data(material: Material, pages: list[Pages], title: str, about: dict[str, st
     """Everything that the pages show, as pairs (key, value) of what is loaded at once."""
     seen = set(material.t.tolist())
     if not pages or any(set(page.tokens) != seen for page in pages):
-        raise ValueError("nothing to show, or pages that were gathered on another text: gather all "
-                         "of them on this one")
+        raise ValueError("no pages, or some gathered on another text: gather all of them on this")
     saes = [dict(name=page.name, n=page.n, live=len(page.scores), columns=_kinds(page))
             for page in pages]
-    yield "about", dict(title=title, about={key: str(value) for key, value in about.items()},
-                        meanings=MEANINGS | meanings, part=PART, positions=len(material.t),
-                        saes=saes)
+    facts = {key: str(value) for key, value in about.items()}
+    yield "about", dict(title=title, about=facts, meanings=MEANINGS | meanings, part=PART,
+                        positions=len(material.t), saes=saes)
     counts = np.bincount(material.t.cpu().numpy(), minlength=len(material.strings)).tolist()
     yield "strings", dict(strings=material.strings, counts=counts)
     yield from _parts("x", material.rows.tolist(), PART["rows"])
@@ -64,8 +59,7 @@ def data(material: Material, pages: list[Pages], title: str, about: dict[str, st
         describe_rows(tokens, material.unigrams.float(), "unigram")
     for first in range(0, len(material.strings), PART["tokens"]):
         ids = range(first, first + PART["tokens"])
-        part = {token: tokens[token] for token in ids if token in tokens}
-        if part:
+        if part := {token: tokens[token] for token in ids if token in tokens}:
             yield f"t{first // PART['tokens']}", part
 
 
@@ -78,16 +72,18 @@ def _overview(page: Pages) -> dict[str, object]:
     """What the list of an SAE's features shows and searches, a column at a time."""
     tokens = {name: [[token for token, _ in found.get(name, [])] for found in page.features]
               for name in ("tokens", "promoted")}
-    columns = {name: _column(page.scores[name], kind) for name, kind in _kinds(page).items()}
-    return dict(feature=page.scores["feature"].tolist(), shape=_shapes(page), columns=columns,
-                **tokens)
-
-
-def _shapes(page: Pages) -> list[str]:
-    """Each feature's histogram as a digit a bin, 9 for the fullest, 0 only for an empty one."""
+    columns = {}
+    for name, kind in _kinds(page).items():
+        column = page.scores[name]
+        if kind == "text":
+            columns[name] = ["" if na else str(value) for value, na in zip(column, column.isna())]
+        else:
+            values = short(column.to_numpy(np.float64, na_value=np.nan))
+            columns[name] = [value if np.isfinite(value) else None for value in values.tolist()]
     counts = np.array([found["histogram"] for found in page.features])
     levels = np.ceil(9 * counts / counts.max(axis=1, keepdims=True)).astype(int)
-    return ["".join(map(str, row)) for row in levels.tolist()]
+    shape = ["".join(map(str, row)) for row in levels.tolist()]  # 0 only for an empty bin
+    return dict(feature=page.scores["feature"].tolist(), shape=shape, columns=columns, **tokens)
 
 
 def _with_neighbours(page: Pages, pages: list[Pages]) -> list[dict]:
@@ -107,13 +103,6 @@ def _kinds(page: Pages) -> dict[str, str]:
             for name, column in page.scores.items() if name != "feature"}
 
 
-def _column(column: pd.Series, kind: str) -> list:
-    if kind == "text":
-        return ["" if missing else str(value) for value, missing in zip(column, column.isna())]
-    values = short(column.to_numpy(np.float64, na_value=np.nan))
-    return [value if np.isfinite(value) else None for value in values.tolist()]
-
-
 def _page(title: str, policy: str, head: str, scripts: str) -> str:
     page = Template((ASSETS / "browser.html").read_text(encoding="utf-8"))
     return page.substitute(title=html.escape(title), policy=policy, generator=GENERATOR, head=head,
@@ -128,9 +117,11 @@ def write(folder: str | Path, material: Material, pages: list[Pages], title: str
     `meanings`: what a score is, by the name of its column.
     """
     folder = Path(folder)
-    if folder.exists() and not _replaceable(folder):
-        raise ValueError(f"{folder} is there and is no feature browser: name another folder, or "
-                         "move this one away")
+    index = folder / "index.html"
+    ours = index.is_file() and GENERATOR in index.read_text(encoding="utf-8", errors="replace")
+    usable = ours or folder.is_dir() and not any(folder.iterdir())
+    if folder.exists() and (folder.is_symlink() or not usable):
+        raise ValueError(f"{folder} is no feature browser: name another folder or move it away")
     policy = ("default-src 'none'; script-src 'self' file:; style-src 'self' file:; "
               "base-uri 'none'; form-action 'none'")
     page = _page(title, policy, '<link rel="stylesheet" href="browser.css">',
@@ -149,15 +140,7 @@ def write(folder: str | Path, material: Material, pages: list[Pages], title: str
         _replace(folder, new)
     finally:
         shutil.rmtree(new, ignore_errors=True)
-    return folder / "index.html"
-
-
-def _replaceable(folder: Path) -> bool:
-    if not folder.is_dir() or folder.is_symlink():
-        return False
-    index = folder / "index.html"
-    ours = index.is_file() and GENERATOR in index.read_text(encoding="utf-8", errors="replace")
-    return ours or not any(folder.iterdir())
+    return index
 
 
 def _replace(folder: Path, new: Path) -> None:
@@ -176,10 +159,7 @@ def _replace(folder: Path, new: Path) -> None:
 
 def write_one(path: str | Path, material: Material, pages: list[Pages], title: str = "Features",
               about: dict[str, str] | None = None, meanings: dict[str, str] | None = None) -> Path:
-    """The same pages in one file.
-
-    A reader's machine loads it whole: good for thousands of features, not for tens of thousands.
-    """
+    """The same pages in one file, loaded whole: for thousands of features, not for more."""
     style = (ASSETS / "browser.css").read_text(encoding="utf-8")
     code = (ASSETS / "browser.js").read_text(encoding="utf-8")
     policy = (f"default-src 'none'; script-src '{_digest(code)}'; style-src '{_digest(style)}'; "

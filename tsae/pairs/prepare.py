@@ -76,8 +76,7 @@ def prepare(layer, rows: torch.Tensor, batch: int = 4096, buffer: int = 131072,
 
 
 def held_out(layer, rows: torch.Tensor, store_gb: float = 20.0, folder: Path = PLACE) -> Pair:
-    """All pairs of token rows (N, T) in their order: x (m, d) float32, t (m,) int64, from a
-    store."""
+    """All pairs of token rows (N, T) in order, from a store: x (m, d) float32, t (m,) int64."""
     pairs = _stored(layer, rows, store_gb, folder)
     x, t = pairs.gather(torch.arange(len(pairs)))
     return x.to(layer.device), t.to(layer.device)
@@ -93,8 +92,7 @@ def _identity(layer, rows: torch.Tensor) -> dict:
 
 
 def _sampled(layer, rows: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Statistics straight from the language model, of activations rounded as a store rounds
-    them."""
+    """Statistics straight from the language model, of activations rounded as in a store."""
     parts = tqdm(activations(rows, layer.residuals, layer.keep), "statistics", -(-len(rows) // 64),
                  leave=False)
     return statistics(((x.bfloat16(), t) for x, t in parts), layer.vocabulary)

@@ -91,8 +91,7 @@ def _settings(options: argparse.Namespace) -> dict[str, str]:
 
 
 def _trained_before(options: argparse.Namespace) -> bool:
-    """Whether this very SAE lies in the folder. Raises ValueError for another one, or an odd
-    batch."""
+    """Whether this SAE lies in the folder. Raises ValueError for another, or an odd batch."""
     noted = options.out / "settings.json"
     if noted.is_file() and store.read_json(noted) != _settings(options):
         raise ValueError(f"{options.out} holds an SAE of other settings (see {noted}): choose "

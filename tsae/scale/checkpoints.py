@@ -69,8 +69,7 @@ def newest(folder: Path) -> State | None:
 
 
 def last(folder: Path, upto: float = math.inf) -> tuple[int, State | None]:
-    """Step and state of the newest checkpoint that is whole and not after step `upto`, or -1 and
-    None."""
+    """Step and state of the newest whole checkpoint up to step `upto`, or -1 and None."""
     for place in (place for place in reversed(_steps(folder)) if int(place.name) <= upto):
         try:
             return int(place.name), _read(place)

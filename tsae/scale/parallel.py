@@ -1,6 +1,6 @@
 """Training over several processes: what the ranks tell each other, and when they wait.
 
-Every rank has its share of each batch. Without a process group all is one rank, and nothing is sent.
+Every rank has its share of each batch. Without a process group all is one rank, nothing is sent.
 """
 
 import importlib

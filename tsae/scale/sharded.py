@@ -63,8 +63,7 @@ class Sharded(SAE):
     decode = encode
 
     def forward(self, x: torch.Tensor, t: torch.Tensor | None = None) -> torch.Tensor:
-        """The reconstruction of this rank's x (b, d). All ranks must call it, each with as many
-        rows."""
+        """The reconstruction of this rank's x (b, d). All ranks call it, with as many rows each."""
         codes, support = self.selected(x / self.scale, t)
         rebuilt = _Sum.apply(sum_rows(codes, support, self.W_dec))
         return (rebuilt + self.b_dec + self.row(t)) * self.scale
@@ -83,8 +82,7 @@ class Sharded(SAE):
     def loss(self, x: torch.Tensor, t: torch.Tensor | None = None, sparsity: float = 0.0,
              dead: torch.Tensor | None = None, aux_weight: float = 1 / 32,
              kth: KthLargest = kth_largest) -> dict[str, torch.Tensor]:
-        """SAE.loss of this rank's share of the batch; fired (n,) and codes are of its own
-        features."""
+        """SAE.loss of this rank's share of the batch; fired (n,) and codes: its own features'."""
         z = x / self.scale
         seen = _Gather.apply(self.encoder_input(z, t))
         codes, support = self._selected(seen)

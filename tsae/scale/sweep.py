@@ -143,8 +143,7 @@ def _planned(folder: Path) -> list[tuple[Path, list[str]]]:
 
 
 def needed_bytes(d_model: int, n: int, activation: str, k: int, vocabulary: int, batch: int) -> int:
-    """What training one SAE takes at its peak: weights, gradients and Adam's moments, and a step's
-    own."""
+    """Peak memory of training an SAE: weights, gradients, Adam's moments, a step's own tensors."""
     weights = 4 * (2 * n * d_model) + 3 * vocabulary * d_model
     step = 8 * batch * d_model + (8 * batch * k if activation == "topk" else 7 * batch * n)
     return 4 * (weights + step)

@@ -66,11 +66,12 @@ class Rung(NamedTuple):
 
 
 def _points(codes: csc_array, text: Text, sample: np.ndarray) -> Points:
+    """The points of codes (m, n) with silent positions from a sample of the test half."""
     p, j, v = firings(codes)
     fits, token, longest = text.fit[p], text.ids[0], text.ids[LEVELS - 1]
     known = csr_array((np.ones(fits.sum()), (token[p[fits]], j[fits])),
                       shape=(token.max() + 1, codes.shape[1]))
-    known.data[:] = 1
+    known.data[:] = 1  # whether the feature fires at the token, not how often
     expected, fired = known[token[sample]], codes[sample].tocsr().astype(bool)
     alarms = (expected - expected.multiply(fired)).tocoo()
     row, feature = (index[alarms.data > 0] for index in alarms.coords)
@@ -96,8 +97,8 @@ def _climb(points: Points, text: Text, level: int, prior: float, code: np.ndarra
     added = longer[new]**2 - (prior * code[new] / total[new])**2
     parent = np.zeros(groups, np.int64)
     parent[ids] = shorter
-    shrunk = (prior / (seen + prior))**2
-    return longer, likelier, Rung(parent, shrunk, feature[new], group[new], added)
+    rung = Rung(parent, (prior / (seen + prior))**2, feature[new], group[new], added)
+    return longer, likelier, rung
 
 
 def _r2(points: Points, text: Text, code: np.ndarray, rungs: list[Rung]) -> np.ndarray:
@@ -113,10 +114,9 @@ def _r2(points: Points, text: Text, code: np.ndarray, rungs: list[Rung]) -> np.n
 def _squared(rungs: list[Rung], weights: np.ndarray, n: int) -> np.ndarray:
     """The sum (n,) of squared predictions of suffixes, each with its weight (groups,).
 
-    They are never built: each suffix has n. Where a feature has no point, its prediction is a =
-    prior / (seen + prior) times that of the shorter suffix. So the sum is one over shorter
-    suffixes, each weighted by the a^2 of those that extend it, plus what is `added` where there
-    are points.
+    They are never built: each suffix has n. Where a feature has no point, its prediction is that
+    of the shorter suffix times a, with a = prior / (seen + prior). So the sum is one over shorter
+    suffixes, each weighted by the a^2 of those that extend it, plus what is `added` at points.
     """
     total = np.zeros(n)
     for rung in reversed(rungs):

@@ -72,15 +72,15 @@ def _offer(ids: np.ndarray, fit: np.ndarray, feature: np.ndarray, group: np.ndar
 
     A group that fired once does not count: with that firing left out it would be unknown.
     """
-    n, groups = len(fired), ids.max() + 1
+    n, groups = len(fired), int(ids.max()) + 1  # n x groups can pass int32
     seen = np.bincount(ids[fit], minlength=groups)
     key, count = _counted(feature * groups + group, n * groups)
     feature, group = key // groups, key % groups
-    silent = np.maximum(fit.sum() - fired, 1)
-    gain = count / fired[feature] - (seen[group] - count) / silent[feature]
+    silent = np.maximum(fit.sum() - fired, 1)[feature]
+    gain = count / fired[feature] - (seen[group] - count) / silent
     good = np.flatnonzero((count > 1) & (gain > 0))
     place = np.arange(len(good)) - np.searchsorted(feature[good], np.arange(n))[feature[good]]
-    best = good[ordered_within(feature[good], ~sortable(gain[good]))[place < size]]
+    best = good[ordered_within(feature[good], ~sortable(gain[good]))[place < size]]  # largest first
     feature, group, count, gain = feature[best], group[best], count[best], gain[best]
     either = np.maximum(fired + np.bincount(feature, seen[group], n), 1)
     f1 = 2 * np.bincount(feature, count, n) / either - 0.001 * np.bincount(feature, minlength=n)
@@ -89,7 +89,7 @@ def _offer(ids: np.ndarray, fit: np.ndarray, feature: np.ndarray, group: np.ndar
 
 
 def _choose(offers: list[Offer]) -> Explanations:
-    """Of the rules within 0.02 of the largest gain that of the largest F1, then the first.
+    """Each feature's rule: of those within 0.02 of the largest gain the one with the largest F1.
 
     A token detects its bigrams almost as well as they do, but is less often right.
     """
@@ -149,7 +149,7 @@ def _counted(keys: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _isin(values: np.ndarray, ordered: np.ndarray) -> np.ndarray:
-    """Which values (q,), >= 0, are among ordered ones. Sorting makes the search many times faster."""
+    """Which values (q,), >= 0, are among ordered ones. Searches for sorted ones are faster."""
     order, found = np.argsort(values), np.empty(len(values), bool)
     values, ended = values[order], np.r_[ordered, -1]  # what is larger than all finds -1
     found[order] = ended[np.searchsorted(ordered, values)] == values
@@ -157,6 +157,7 @@ def _isin(values: np.ndarray, ordered: np.ndarray) -> np.ndarray:
 
 
 def _sentence(text: Text, rule: int, groups: list[int]) -> str:
+    """A rule and its groups in words."""
     told = [text.describe(rule, group) for group in groups]
     if not told:
         return "none"

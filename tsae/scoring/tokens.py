@@ -46,14 +46,14 @@ def token_statistics(codes: csc_array, text: Text, top: int = 20, seed: int = 0)
 
 
 def _by_token(codes: csc_array, token: np.ndarray, weight: np.ndarray) -> csr_array:
-    """The weights (nnz,) of firings summed by feature and token: (n, V), for tokens (m,) below V."""
+    """Weights (nnz,) of firings summed by feature and token: (n, V), for tokens (m,) below V."""
     position, feature, _ = firings(codes)
     shape = codes.shape[1], token.max(initial=0) + 1
     return csr_array((weight, (feature, token[position])), shape=shape)
 
 
 def effective_number(weights: csr_array) -> np.ndarray:
-    """exp of the entropy of each row's weights: c if c columns share them alike, 0 if it is empty."""
+    """exp of the entropy of each row's weights: c if c columns share alike, 0 if none has any."""
     total, logs = weights.sum(axis=1), weights.copy()
     logs.data = weights.data * np.log(weights.data)
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -65,9 +65,8 @@ def _information(table: csr_array, count: csr_array, size: np.ndarray,
     """Mutual information (n,) in bits of the token and of firing, at the rate (n,).
 
     Rows of table (n, V) give P(token | fires); count (n, V) and size (V,), how often the feature
-    fires at the token and how often that occurs, give P(token | silent). Both have the same
-    entries: a token without firings needs none, as all of these together add P(token, silent) log
-    1 / P(silent).
+    fires at the token and how often that occurs, give P(token | silent). Both have entries where
+    there are firings only: each other token adds -P(token, silent) log P(silent), all in one term.
     """
     n, m, feature = len(rate), size.sum(), np.repeat(np.arange(len(rate)), np.diff(table.indptr))
     total, fired = np.maximum(table.sum(axis=1), 1e-300), count.sum(axis=1)

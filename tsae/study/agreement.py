@@ -1,7 +1,4 @@
-"""What the scores of a blind study say.
-
-How far scorers agree, how far sources differ, and how many features it takes to see a difference.
-"""
+"""How far blind scorers agree, how far sources differ, and how many features it takes to see it."""
 
 from itertools import combinations
 
@@ -12,17 +9,13 @@ from scipy import optimize, stats
 SCALES = {"interpretability": {"1-4": "no pattern", "5-7": "a noisy pattern",
                                "8-10": "a clear pattern"},
           "complexity": {"1-3": "unigrams", "4-6": "simple patterns", "7-10": "complex semantics"}}
-# Table 1 of the paper, means of ten features.
-PAPER = {"interpretability": {"RES-JB": 7.7, "tokenized": 7.2, "baseline": 6.8},
+PAPER = {"interpretability": {"RES-JB": 7.7, "tokenized": 7.2, "baseline": 6.8},  # its Table 1
          "complexity": {"RES-JB": 3.5, "tokenized": 6.9, "baseline": 1.5}}
 KEY = ["source", "seed", "feature"]
 
 
 def kappa(a: np.ndarray, b: np.ndarray) -> float:
-    """Cohen's kappa with quadratic weights, of two scorers (features,); nan where there is none.
-
-    Features that one of them left out (nan) do not count.
-    """
+    """Cohen's kappa, quadratic weights, of two scorers (features,) where neither is nan; or nan."""
     both = np.array([a, b], float)
     a, b = both[:, ~np.isnan(both).any(0)]
     if not len(a):
@@ -32,10 +25,7 @@ def kappa(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def alpha(ratings: np.ndarray, metric: str = "ordinal") -> float:
-    """Krippendorff's alpha of ratings (scorers, features), which are nan where missing.
-
-    The metric of differences is nominal, ordinal or interval.
-    """
+    """Krippendorff's alpha (nominal, ordinal, interval) of ratings (scorers, features) or nan."""
     values = np.unique(ratings[~np.isnan(ratings)])
     counts = (ratings[:, :, None] == values).sum(0)  # (features, values)
     counts = counts[counts.sum(1) > 1]
@@ -43,20 +33,16 @@ def alpha(ratings: np.ndarray, metric: str = "ordinal") -> float:
     coincidences = weights.T @ counts - np.diag(weights.sum(0))  # (values, values)
     n = coincidences.sum(0)
     place = n.cumsum() - n / 2 if metric == "ordinal" else values
-    nominal = metric == "nominal"
-    apart = place[:, None] != place if nominal else (place[:, None] - place) ** 2
-    chance = n @ apart @ n
-    if not chance > 0:
-        return float("nan")
-    return float(1 - (n.sum() - 1) * (coincidences * apart).sum() / chance)
+    apart = place[:, None] != place if metric == "nominal" else (place[:, None] - place) ** 2
+    seen, chance = (n.sum() - 1) * (coincidences * apart).sum(), n @ apart @ n
+    return float(1 - seen / chance) if chance > 0 else float("nan")
 
 
 def _gap(a: np.ndarray, b: np.ndarray, ratings: np.ndarray,
          weight: np.ndarray | float = 1.0) -> np.ndarray:
-    """Difference (draws,) of sources a and b: least squares with a level for each scorer.
+    """Difference (draws,) of sources a and b by least squares, with a level for each scorer.
 
-    Strict and lenient scorers thus do not pass for a difference, whatever is missing. a and b
-    (draws, features) weigh the features of each source, `weight` (draws, scorers) the scorers.
+    a and b (draws, features) weigh each source's features, `weight` (draws, scorers) the scorers.
     """
     given, values = ~np.isnan(ratings).T, np.nan_to_num(ratings).T  # (features, scorers)
     n_a, n_b = a @ given, b @ given  # (draws, scorers)
@@ -70,9 +56,8 @@ def contrast(ratings: np.ndarray, first: np.ndarray, strata: np.ndarray | None =
              draws: int = 2000, seed: int = 0, level: float = 0.95) -> dict[str, float]:
     """Mean of the features `first` less that of the others, as difference, low, high and p.
 
-    ratings (scorers, features), nan where missing; first (features,) bool. p permutes the labels of
-    features, within `strata` (features,), whole numbers. Interval and p speak of these SAEs only.
-    The interval speaks of other scorers as far as there are several, p never does.
+    ratings (scorers, features), nan where missing; first (features,) bool. p permutes labels within
+    `strata` (features,), whole numbers. Both are about these SAEs, the interval also other scorers.
     """
     generator, first = np.random.default_rng(seed), np.asarray(first, bool)
     strata = np.zeros(len(first)) if strata is None else strata
@@ -90,9 +75,9 @@ def _relabelled(generator: np.random.Generator, first: np.ndarray, strata: np.nd
                 draws: int) -> np.ndarray:
     """`first` (features,) permuted within strata, for all draws at once, (draws, features).
 
-    Strata are whole numbers, so that a random number in [0, 1) added to them orders features by
-    stratum, and at random within each. The labels in this order are given out to the places of the
-    features ordered by stratum alone: so labels change places, but never their stratum.
+    Strata are whole numbers: with a random number in [0, 1) added they order features by stratum,
+    and at random within each. Labels in this order go to the places of the features ordered by
+    stratum alone: so they change places, but never their stratum.
     """
     label = np.empty((draws, len(first)))
     home = np.argsort(strata, kind="stable")
@@ -102,41 +87,46 @@ def _relabelled(generator: np.random.Generator, first: np.ndarray, strata: np.nd
 
 def _interval(generator: np.random.Generator, ratings: np.ndarray, first: np.ndarray, draws: int,
               level: float) -> np.ndarray:
-    """Low and high end: a bootstrap of scorers and features at once (crossed random effects).
-
-    It errs on the wide side. Its tails are widened for few features: as normal quantiles are to
-    those of Student's t.
-    """
+    """Low and high end by a bootstrap of scorers and features at once: if wrong, then too wide."""
     drawn = np.zeros((draws, len(first)))
     for side in (first, ~first):
         n = side.sum()
         drawn[:, side] = generator.multinomial(n, np.full(n, 1 / n), draws)
-    scorers = len(ratings)
-    weight = generator.multinomial(scorers, np.full(scorers, 1 / scorers), draws)
+    n = len(ratings)
+    weight = generator.multinomial(n, np.full(n, 1 / n), draws)
     gaps = _gap(drawn * first, drawn * ~first, ratings, weight)
-    few = int(min(first.sum(), (~first).sum()))
+    few = int(min(first.sum(), (~first).sum()))  # the fewer, the wider: Student's t, not the normal
     tail = stats.norm.cdf(stats.t.ppf((1 - level) / 2, few - 1) * np.sqrt(few / (few - 1)))
     return np.nanquantile(gaps, [tail, 1 - tail])
 
 
 def analyse(scores: pd.DataFrame, draws: int = 2000, seed: int = 0) -> dict[str, pd.DataFrame]:
-    """Four tables of what `form.load` gave: agreement, repeats, comparison, means.
+    """Tables of what `form.load` gave: agreement, repeats, comparison (of sources) and means.
 
-    They are about scorers among each other, each scorer's repeats, the difference of sources, and
-    means. With a column `bin` (merged from `form.sample`) the comparison permutes within bins.
+    With a column `bin` (merged from `form.sample`) the comparison permutes within bins.
     """
     if scores.empty:
         raise ValueError("there are no scores to analyse")
-    once, again = scores[~scores["repeat"]], scores[scores["repeat"]]
-    pairs = again.merge(once, on=["scorer", *KEY])
+    once = scores[~scores["repeat"]]
+    pairs = scores[scores["repeat"]].merge(once, on=["scorer", *KEY])  # second score _x, first _y
+    groups = list(pairs.groupby("scorer"))
+    groups += [("all", pairs)] if len(groups) > 1 else []
     bins = once.drop_duplicates(KEY).set_index(KEY).get("bin")
     agreement, repeats, comparison = [], [], []
     for scale in SCALES:
         wide = once.pivot(index=KEY, columns="scorer", values=scale)
-        strata = None if bins is None else pd.factorize(bins.reindex(wide.index))[0]
         agreement += [dict(scale=scale) | row for row in _agreement(wide)]
-        repeats += [dict(scale=scale) | row for row in _repeats(pairs, scale)]
-        comparison += [dict(scale=scale) | row for row in _comparison(wide, strata, draws, seed)]
+        for scorer, pair in groups:
+            a, b = pair[f"{scale}_x"].to_numpy(float), pair[f"{scale}_y"].to_numpy(float)
+            repeats.append(dict(scale=scale, scorer=scorer, repeats=len(a), same=(a == b).mean(),
+                                mean_change=np.abs(a - b).mean(), kappa=kappa(a, b)))
+        ratings, source = wide.to_numpy(float).T, wide.index.get_level_values("source")
+        strata = np.zeros(len(wide)) if bins is None else pd.factorize(bins.reindex(wide.index))[0]
+        for one, other in combinations(sorted(set(source)), 2):
+            two = np.isin(source, [one, other])
+            found = contrast(ratings[:, two], source[two] == one, strata[two], draws, seed)
+            comparison.append(dict(scale=scale, source=one, against=other,
+                                   features=int(two.sum())) | found)
     means = once.melt(["source", "scorer"], list(SCALES), "scale")
     means = means.groupby(["scale", "source", "scorer"])["value"].agg(["mean", "std", "count"])
     return dict(agreement=pd.DataFrame(agreement), repeats=pd.DataFrame(repeats),
@@ -147,47 +137,17 @@ def _agreement(wide: pd.DataFrame) -> list[dict]:
     """Kappa of every two scorers, and alpha of all; `wide` has a column a scorer."""
     rows = []
     for a, b in combinations(wide, 2):
-        both = int(wide[[a, b]].notna().all(axis=1).sum())
-        rows.append(dict(measure="weighted kappa", scorers=f"{a}, {b}", features=both,
-                         value=kappa(wide[a], wide[b])))
-    several = int((wide.notna().sum(axis=1) > 1).sum())
+        rows.append(dict(measure="weighted kappa", scorers=f"{a}, {b}",
+                         features=len(wide[[a, b]].dropna()), value=kappa(wide[a], wide[b])))
+    ratings, several = wide.to_numpy(float).T, len(wide.dropna(thresh=2))
     for metric in ("ordinal", "interval"):
-        rows.append(dict(measure=f"alpha, {metric}", scorers="all",
-                         value=alpha(wide.to_numpy(float).T, metric), features=several))
-    return rows
-
-
-def _repeats(pairs: pd.DataFrame, scale: str) -> list[dict]:
-    """How each scorer's second scores (`<scale>_x`) compare with the first (`<scale>_y`)."""
-    groups = list(pairs.groupby("scorer"))
-    if len(groups) > 1:
-        groups.append(("all", pairs))
-    rows = []
-    for scorer, pair in groups:
-        a, b = pair[f"{scale}_x"].to_numpy(float), pair[f"{scale}_y"].to_numpy(float)
-        rows.append(dict(scorer=scorer, repeats=len(a), same=(a == b).mean(),
-                         mean_change=np.abs(a - b).mean(), kappa=kappa(a, b)))
-    return rows
-
-
-def _comparison(wide: pd.DataFrame, strata: np.ndarray | None, draws: int,
-                seed: int) -> list[dict]:
-    """The `contrast` of every two sources."""
-    ratings, source = wide.to_numpy(float).T, wide.index.get_level_values("source")
-    rows = []
-    for one, other in combinations(sorted(set(source)), 2):
-        among = np.isin(source, [one, other])
-        within = None if strata is None else strata[among]
-        found = contrast(ratings[:, among], source[among] == one, within, draws, seed)
-        rows.append(dict(source=one, against=other, features=int(among.sum())) | found)
+        rows.append(dict(measure=f"alpha, {metric}", scorers="all", value=alpha(ratings, metric),
+                         features=several))
     return rows
 
 
 def flattest(mean: float) -> np.ndarray:
-    """Chances (10,) of the scores 1 to 10 of largest entropy with this mean.
-
-    The paper gives means and nothing else: this adds nothing else.
-    """
+    """Chances (10,) of the scores 1 to 10, of largest entropy with this mean: they add no more."""
     score = np.arange(1, 11)
 
     def chances(slope: float) -> np.ndarray:
@@ -200,46 +160,30 @@ def flattest(mean: float) -> np.ndarray:
 def power(means: tuple[float, float], features: list[int] | None = None, scorers: int = 1,
           agreement: float = 0.6, level: float = 0.05, simulations: int = 500, draws: int = 499,
           seed: int = 0) -> pd.DataFrame:
-    """Chance that the p of `contrast` finds two sources of these means different.
+    """Chance that `contrast` finds two sources of these means different, by features a source.
 
-    One row a number of features a source, with the chance's Monte Carlo error. Scores spread as
-    `flattest` of their mean. All scorers are equally strict.
+    `error` is of Monte Carlo. Scores spread as `flattest` of the mean; scorers are equally strict.
     """
     generator = np.random.default_rng(seed)
-    grid = features if features else np.geomspace(3, 1000, 30).round().astype(int)
-    grid = np.unique(grid)
-    size = simulations, grid[-1], scorers
-    given = [_simulated(generator, mean, size, agreement) for mean in means]
-    rows = []
+    grid = np.unique(features or np.geomspace(3, 1000, 30).round().astype(int))
+    size, given, rows = (simulations, grid[-1], scorers), [], []
+    for mean in means:  # behind scores stand normal ones, which correlate by `agreement`
+        shared = np.sqrt(agreement) * generator.normal(size=(*size[:2], 1))
+        behind = shared + np.sqrt(1 - agreement) * generator.normal(size=size)
+        steps = stats.norm.ppf(flattest(mean).cumsum()[:-1])
+        given.append(1.0 + np.searchsorted(steps, behind).mean(-1))  # of features, over scorers
     for n in grid:  # the first n of the same features: fewer are part of more
         scores = np.concatenate([side[:, :n] for side in given], 1)
-        signs = np.repeat([[1.0, -1.0]], n, axis=1).repeat(draws, 0)
-        signs = generator.permuted(signs, axis=1)
+        signs = generator.permuted(np.repeat([[1.0, -1.0]], n, 1).repeat(draws, 0), axis=1)
         seen = np.abs(scores[:, :n].sum(1) - scores[:, n:].sum(1))
         p = (1 + (np.abs(scores @ signs.T) >= seen[:, None] - 1e-9).sum(1)) / (draws + 1)
-        found = (p <= level).mean()
-        error = np.sqrt(found * (1 - found) / simulations)
-        rows.append(dict(features=int(n), power=found, error=error))
-    return pd.DataFrame(rows)
-
-
-def _simulated(generator: np.random.Generator, mean: float, size: tuple[int, int, int],
-               agreement: float) -> np.ndarray:
-    """Scores (simulations, features), each the mean over scorers, with `size` for all three.
-
-    Behind scores stand normal ones; between scorers, these correlate by `agreement`.
-    """
-    shared = np.sqrt(agreement) * generator.normal(size=(*size[:2], 1))
-    behind = shared + np.sqrt(1 - agreement) * generator.normal(size=size)
-    steps = stats.norm.ppf(flattest(mean).cumsum()[:-1])
-    return 1.0 + np.searchsorted(steps, behind).mean(-1)
+        rows.append(dict(features=int(n), power=(p <= level).mean()))
+    curve = pd.DataFrame(rows)
+    return curve.assign(error=np.sqrt(curve["power"] * (1 - curve["power"]) / simulations))
 
 
 def enough(curve: pd.DataFrame, target: float = 0.8) -> float:
-    """Features a source from which on the power stays at the target; nan if it never does.
-
-    Between two points of the curve, on the straight line.
-    """
+    """Features a source (interpolated) from which on the power stays at the target, or nan."""
     curve = curve.sort_values("features", ignore_index=True)
     below = np.flatnonzero(curve["power"] < target)
     start = below[-1] + 1 if len(below) else 0

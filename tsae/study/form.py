@@ -20,47 +20,45 @@ from tsae.study.agreement import KEY, SCALES
 
 COLUMNS = ["step", *KEY, "shown", *SCALES]  # of a scorer's csv; `shown` is a digest of the text
 HEADER = (",".join(COLUMNS) + "\n").encode()
+STYLE = {"button_width": "32px", "description_width": "110px"}
+GUIDE = "".join(f"<li><b>{name}</b>: {'; '.join(map(' '.join, bands.items()))}</li>"
+                for name, bands in SCALES.items())
+GUIDE += ("<li>The number before a line is the activation, 10 at the feature's strongest. Some "
+          "features come twice, to see how steady scores are.</li>")
 
 
 def sample(scores: pd.DataFrame, per_source: int, bins: int, seed: int = 0) -> pd.DataFrame:
-    """`per_source` features of every source, equally many in each `bin` of firing frequency.
-
-    Edges of bins are the sources' mean quantiles of log frequency. SAE seeds take turns. What one
-    bin lacks, the others give.
-    """
+    """`per_source` features of every source, equally many in each `bin` of firing frequency."""
     live = scores[scores["frequency"] > 0].sort_values(KEY).reset_index(drop=True)
     if live.duplicated(KEY).any():
-        raise ValueError("a feature is listed twice: one row for each "
-                         f"{', '.join(KEY)} was expected")
+        raise ValueError(f"a feature is listed twice: expected one row for each {', '.join(KEY)}")
     frequency = np.log(live["frequency"])
     quantiles = frequency.groupby(live["source"]).quantile(np.linspace(0, 1, bins + 1))
     live["bin"] = np.searchsorted(quantiles.unstack().mean()[1:-1], frequency)
     room = live.groupby(["bin", "source"]).size().unstack(fill_value=0).min(axis=1)
     if room.sum() < per_source:
-        raise ValueError(f"{per_source} features a source were asked for; with equally many of "
-                         f"every source in each of {bins} bins there are {room.sum()}")
+        raise ValueError(f"{per_source} features a source were asked for; equally many of each in "
+                         f"all {bins} bins, there are {room.sum()}")
     generator = np.random.default_rng(seed)
     take = pd.Series(0, generator.permutation(room.index))
     for _ in range(per_source):  # one more in the emptiest bin that has one left
         take[take[take < room.reindex(take.index)].idxmin()] += 1
     mixed = live.sample(frac=1, random_state=generator)
     turn = mixed.groupby(["source", "seed", "bin"]).cumcount()
-    mixed = mixed.iloc[turn.argsort(kind="stable")]
+    mixed = mixed.iloc[turn.argsort(kind="stable")]  # seeds take turns
     place = mixed.groupby(["source", "bin"]).cumcount()
     return mixed[place < mixed["bin"].map(take)].sort_values(KEY).reset_index(drop=True)
 
 
 def contexts_html(contexts: pd.DataFrame, title: str = "") -> str:
     """A feature's contexts (from features.contexts) as an HTML table, all text escaped."""
-    def visible(text: str) -> str:
-        return html.escape(text.replace("\n", "⏎").replace("\t", "→"))
-
     lines = [f"<tr><td style='color:#718096'>{row.code:.1f}</td>"
-             f"<td style='text-align:right'>{visible(row.before)}</td>"
-             f"<td><mark>{visible(row.token)}</mark></td><td>{visible(row.after)}</td></tr>"
+             f"<td style='text-align:right'>{html.escape(row.before)}</td><td><mark>"
+             f"{html.escape(row.token)}</mark></td><td>{html.escape(row.after)}</td></tr>"
              for row in contexts.itertuples()]
+    visible = "".join(lines).replace("\n", "⏎").replace("\t", "→")
     style = "font-family:monospace;font-size:12px;white-space:pre"
-    return f"<b>{html.escape(title)}</b><table style='{style}'>{''.join(lines)}</table>"
+    return f"<b>{html.escape(title)}</b><table style='{style}'>{visible}</table>"
 
 
 def _whole(name: str, value: int) -> int:
@@ -72,8 +70,7 @@ def _whole(name: str, value: int) -> int:
 def _read(path: Path) -> tuple[list[dict], int]:
     """The scores that stand in a scorer's csv, by step, and the bytes of its whole lines.
 
-    Changes nothing. A line without its end was cut off by a crash and does not count. A line
-    without scores takes its step back.
+    A line without its end, cut off by a crash, does not count; one without scores takes back.
     """
     raw = path.read_bytes() if path.is_file() else b""
     if not (raw.startswith(HEADER) or HEADER.startswith(raw)):
@@ -82,60 +79,45 @@ def _read(path: Path) -> tuple[list[dict], int]:
     size, standing = raw.rfind(b"\n") + 1, []
     for number, line in enumerate(raw[len(HEADER):size].split(b"\n")[:-1], 2):
         try:
-            _apply(_parsed(line), standing)
+            row = dict(zip(COLUMNS, next(csv.reader([line.decode()], strict=True)), strict=True))
+            row |= {name: int(row[name]) for name in ("step", "seed", "feature")}
+            scored = any(row[name] for name in SCALES)
+            if scored:
+                row |= {name: _whole(name, int(row[name])) for name in SCALES}
+            if row["step"] != (len(standing) if scored else len(standing) - 1):
+                raise ValueError(f"step {row['step']} is out of turn")
         except (ValueError, csv.Error) as error:
             raise ValueError(f"line {number} of {path} is damaged ({error}): mend it or move the "
                              "file away") from None
+        standing[row["step"]:] = [row] if scored else []
     return standing, size
-
-
-def _parsed(line: bytes) -> dict:
-    """A csv line by column, numbers as int; the scores are "" in a line that takes a step back."""
-    row = dict(zip(COLUMNS, next(csv.reader([line.decode()], strict=True)), strict=True))
-    row |= {name: int(row[name]) for name in ("step", "seed", "feature")}
-    if any(row[name] for name in SCALES):
-        row |= {name: _whole(name, int(row[name])) for name in SCALES}
-    return row
-
-
-def _apply(row: dict, standing: list[dict]) -> None:
-    """Add a line's scores to those that stand, or take the last of them back."""
-    scored = all(row[name] for name in SCALES)
-    if row["step"] != (len(standing) if scored else len(standing) - 1):
-        raise ValueError(f"step {row['step']} is out of turn")
-    standing[row["step"]:] = [row] if scored else []
 
 
 def _order(keys: list[tuple], repeats: float, generator: np.random.Generator) -> list[tuple]:
     """The keys in random order, a share `repeats` of them twice, at least half of them apart."""
-    n = len(keys)
-    far = max(1, n // 2)
+    n, far = len(keys), max(1, len(keys) // 2)
     places = {float(place): keys[i] for place, i in enumerate(generator.permutation(n))}
     twice = min(max(1, round(repeats * n)), n - far) if repeats else 0
     for first in generator.choice(n - far, twice, replace=False):
-        key = places[float(first)]
-        places[generator.integers(first + far, n) + generator.uniform(0.1, 0.9)] = key
+        places[generator.integers(first + far, n) + generator.uniform(0.1, 0.9)] = places[first]
     return [places[place] for place in sorted(places)]
 
 
 class Study:
     """One scorer's features in an order of their own, and the scores so far.
 
-    `contexts` maps (source, seed, feature) to the feature's contexts. A share `repeats` of the
-    features comes twice, at least half the study apart. Scores are in `<folder>/<scorer>.csv`,
-    which is only appended to. It names the sources: it is for afterwards.
+    `contexts` maps (source, seed, feature) to contexts. A share `repeats` of the features comes
+    twice, half the study apart. `<folder>/<scorer>.csv` names the sources, and is only appended to.
     """
 
     def __init__(self, contexts: dict[tuple[str, int, int], pd.DataFrame], folder: str | Path,
                  scorer: str, seed: int = 0, repeats: float = 0.1):
         self.scorer = str(scorer).strip().lower()
         if not re.fullmatch("[a-z0-9][a-z0-9_-]{0,39}", self.scorer):
-            raise ValueError(f"{scorer!r} cannot name a scorer: 1 to 40 of a-z, 0-9, - and _ were "
-                             "expected")
+            raise ValueError(f"{scorer!r} cannot name a scorer: expected 1-40 of a-z, 0-9, -, _")
         broken = any(re.search(r"[\r\n]", source) for source, *_ in contexts)
         if not contexts or not 0 <= repeats <= 0.5 or broken:
-            raise ValueError("a study needs features, sources named on one line, and a share of "
-                             "repeats from 0 to 0.5")
+            raise ValueError("a study needs features, one-line sources, and repeats from 0 to 0.5")
         self.path = Path(folder) / f"{self.scorer}.csv"
         self.contexts = {(source, int(sae), int(feature)): shown
                          for (source, sae, feature), shown in contexts.items()}
@@ -158,8 +140,7 @@ class Study:
 
     def _append(self, step: int, *scores) -> dict:
         """A csv line for a step, empty `scores` to take it back; on disk when this returns."""
-        row = [*self._fields(step), *scores]
-        line = io.StringIO()
+        row, line = [*self._fields(step), *scores], io.StringIO()
         csv.writer(line, lineterminator="\n").writerow(row)
         written = (b"" if self._size else HEADER) + line.getvalue().encode()
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -196,8 +177,7 @@ class Study:
     def undo(self) -> None:
         """Take the last score back, by a line that says so. Not at the end: sources are open."""
         if not self.scores or self.finished:
-            raise ValueError("the study is finished" if self.scores
-                             else "there is no score to take back")
+            raise ValueError("the study is finished" if self.scores else "no score to take back")
         self._append(len(self.scores) - 1, *[""] * len(SCALES))
         self.scores.pop()
 
@@ -211,21 +191,21 @@ class Study:
 
 
 def form(study: Study) -> widgets.VBox:
-    """The next feature and two rows of buttons.
-
-    Without a mouse: type both scores and Enter, or u and Enter to undo.
-    """
+    """The next feature and two rows of buttons. Scores can be typed, too."""
     bar, said, shown = widgets.IntProgress(0, 0, len(study.order)), widgets.HTML(), widgets.HTML()
-    rows = [_one_to_ten(name) for name in SCALES]
-    keys = widgets.Text(placeholder="or type, as 8 3, then Enter (u: undo)",
-                        layout={"width": "300px"})
+    rows = [widgets.ToggleButtons(options=range(1, 11), value=None, description=name, style=STYLE)
+            for name in SCALES]  # without a value, there is nothing to lean on
+    wide = {"width": "300px"}
+    keys = widgets.Text(placeholder="or type, as 8 3, then Enter (u: undo)", layout=wide)
     save = widgets.Button(description="Record and next", button_style="primary")
     back = widgets.Button(description="Undo the last")
+    guide = widgets.HTML(f"<ul>{GUIDE}</ul>")
 
     def refresh(message: str = "") -> None:
         n, done = len(study.scores), study.finished
         bar.value, bar.description = n, f"{n} of {bar.max}"
-        said.value = message or _stage(study)
+        last = "The last one: it cannot be undone." if n == bar.max - 1 else ""
+        said.value = message or ("Done. Run the next cell to see the sources." if done else last)
         shown.value = "" if done else _relative(study.contexts[study.next])
         for row in rows:
             row.value, row.disabled = None, done
@@ -254,22 +234,7 @@ def form(study: Study) -> widgets.VBox:
     back.on_click(lambda _: act(study.undo))
     keys.on_msg(typed)
     refresh()
-    return widgets.VBox([bar, _guide(), shown, *rows, widgets.HBox([keys, save, back]), said])
-
-
-def _guide() -> widgets.HTML:
-    scales = "".join(
-        f"<li><b>{name}</b>: {'; '.join(f'{band} {text}' for band, text in bands.items())}</li>"
-        for name, bands in SCALES.items())
-    return widgets.HTML(f"<ul>{scales}<li>The number before a line is the activation, 10 at the "
-                        "feature's strongest. Some features come twice, to see how steady scores "
-                        "are.</li></ul>")
-
-
-def _one_to_ten(name: str) -> widgets.ToggleButtons:
-    style = {"button_width": "32px", "description_width": "110px"}
-    return widgets.ToggleButtons(options=range(1, 11), value=None,  # no value: nothing to lean on
-                                 description=name, style=style)
+    return widgets.VBox([bar, guide, shown, *rows, widgets.HBox([keys, save, back]), said])
 
 
 def _relative(contexts: pd.DataFrame) -> str:
@@ -277,33 +242,20 @@ def _relative(contexts: pd.DataFrame) -> str:
     return contexts_html(contexts.assign(code=10 * contexts["code"] / contexts["code"].max()))
 
 
-def _stage(study: Study) -> str:
-    if study.finished:
-        return "Done. Run the next cell to see the sources."
-    last = len(study.scores) == len(study.order) - 1
-    return "The last one: it cannot be undone." if last else ""
-
-
 def _obey(study: Study, text: str) -> None:
-    """Do what was typed."""
     if text.strip().lower() == "u":
         study.undo()
     elif re.fullmatch(r"\s*\d+[\s,;/]+\d+\s*", text):
         study.record(*map(int, re.findall(r"\d+", text)))
     else:
-        raise ValueError(f"Two numbers from 1 to 10 were expected, {' then '.join(SCALES)}: "
-                         "nothing was recorded.")
+        raise ValueError(f"Nothing recorded: expected two of 1 to 10, {' then '.join(SCALES)}.")
 
 
 def load(folder: str | Path) -> pd.DataFrame:
-    """The scores of every scorer, one row a showing.
-
-    Columns: scorer, those of the csv, and `repeat`, True for second showings.
-    """
+    """All scores, one row a showing: scorer, columns of the csv, `repeat` (a second showing)."""
     rows = [dict(scorer=path.stem) | row for path in sorted(Path(folder).glob("*.csv"))
             for row in _read(path)[0]]
     scores = pd.DataFrame(rows, columns=["scorer", *COLUMNS])
     if (scores.groupby(KEY)["shown"].nunique() > 1).any():
-        raise ValueError(f"{folder}: scorers saw different texts of the same feature, so this is "
-                         "more than one study")
+        raise ValueError(f"different texts of the same feature in {folder}: use one folder a study")
     return scores.assign(repeat=scores.duplicated(["scorer", *KEY]))
