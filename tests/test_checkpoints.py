@@ -28,10 +28,10 @@ def same(a, b):
 
 
 def test_a_state_comes_back_and_two_are_kept(tmp_path):
-    assert checkpoints.newest(tmp_path / "none") is None
+    assert checkpoints.last(tmp_path / "none")[1] is None
     for step in (5, 10, 100):
         checkpoints.save(tmp_path / "c", step, STATE | {"seen": step})
-        assert same(checkpoints.newest(tmp_path / "c"), STATE | {"seen": step})
+        assert same(checkpoints.last(tmp_path / "c")[1], STATE | {"seen": step})
     assert [int(path.name) for path in sorted((tmp_path / "c").iterdir())] == [10, 100]
 
 
@@ -50,7 +50,7 @@ def test_only_shared_memory_is_copied(tmp_path):
     tensors, _ = checkpoints._taken_apart(state, set())
     assert [name for name, held in tensors.items() if held.data_ptr() == state.get(name, a).data_ptr()] == ["a", "alone"]
     checkpoints.save(tmp_path, 1, state)
-    assert same(checkpoints.newest(tmp_path), state)
+    assert same(checkpoints.last(tmp_path)[1], state)
 
 
 def flip(path):
@@ -65,10 +65,10 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(damage, file, tmp_path, c
     checkpoints.save(tmp_path, 1, STATE | {"seen": 1})
     checkpoints.save(tmp_path, 2, STATE | {"seen": 2})
     damage(tmp_path / f"{2:015d}" / file)
-    found = checkpoints.newest(tmp_path)
+    found = checkpoints.last(tmp_path)[1]
     assert same(found, STATE | {"seen": 1}) and f"{2:015d} is damaged" in capsys.readouterr().err
     checkpoints.save(tmp_path, 2, STATE | {"seen": 3})  # and the run goes on over it
-    assert checkpoints.newest(tmp_path)["seen"] == 3
+    assert checkpoints.last(tmp_path)[1]["seen"] == 3
 
 
 def test_a_pickle_is_no_checkpoint(tmp_path, capsys):
@@ -77,7 +77,7 @@ def test_a_pickle_is_no_checkpoint(tmp_path, capsys):
     torch.save({"a": torch.ones(1)}, place / "tensors.safetensors")
     held = json.loads((place / "state.json").read_text()) | {"sha256": store.digest(place / "tensors.safetensors")}
     (place / "state.json").write_text(json.dumps(held))
-    assert checkpoints.newest(tmp_path) is None and "damaged" in capsys.readouterr().err
+    assert checkpoints.last(tmp_path)[1] is None and "damaged" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS])
@@ -89,7 +89,7 @@ def test_a_full_or_read_only_disk_gets_a_sentence_and_leaves_what_was_there(code
     monkeypatch.setattr(checkpoints, "save_file", full)
     with pytest.raises(OSError, match=f"could not be written.*{os.strerror(code)}.*free some space"):
         checkpoints.save(tmp_path, 2, STATE)
-    assert [path.name for path in tmp_path.iterdir()] == [f"{1:015d}"] and same(checkpoints.newest(tmp_path), STATE)
+    assert [path.name for path in tmp_path.iterdir()] == [f"{1:015d}"] and same(checkpoints.last(tmp_path)[1], STATE)
 
 
 def test_a_really_full_disk(tmp_path):
@@ -100,7 +100,7 @@ def test_a_really_full_disk(tmp_path):
         checkpoints.save(tmp_path, 1, STATE)
         with pytest.raises(OSError, match="could not be written"):
             checkpoints.save(tmp_path, 2, STATE | {"a": torch.zeros(100_000)})
-        assert same(checkpoints.newest(tmp_path), STATE)
+        assert same(checkpoints.last(tmp_path)[1], STATE)
     finally:
         subprocess.run(["umount", str(tmp_path)], check=True)
 

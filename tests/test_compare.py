@@ -139,7 +139,8 @@ def test_resampled_means_are_those_of_features_drawn_one_by_one():
     random = np.random.default_rng(2)
     cell = pd.DataFrame(dict(frequency=10**random.uniform(-4, -1, 12), a=random.normal(size=12), b=random.normal(size=12)))
     cell.loc[::5, "a"] = np.nan
-    found = compare._resampled(cell, ["a", "b"], [-3, -2], 4, np.random.default_rng(7))
+    both = pd.concat([cell.assign(kind=kind, seed=0, k=8) for kind in ("first", "second")])
+    found = compare.Cells(both, ["a", "b"], "kind", "k", 4, 7).means("first", 8, [-3, -2])[:, 0]
     times = np.random.default_rng(7).multinomial(12, np.full(12, 1 / 12), size=5)
     times[0] = 1  # the first: as they are
     which = np.digitize(np.log10(cell["frequency"]), [-3, -2])

@@ -40,6 +40,15 @@ def test_nearest_rows_equal_a_double_loop(sign, chunk):
                 assert index[:, 0].tolist() == [row[0][1] for row in expected], "the first of equals"
 
 
+def test_one_row_has_no_nearest_other():
+    with pytest.raises(ValueError, match="one row was given, two are needed"):
+        dictionary.nearest_other(torch.ones(1, 4))
+    with pytest.raises(ValueError, match="one row was given, two are needed"):
+        dictionary.dictionary(SAE(4, 1, "relu"), torch.eye(4))
+    value, index = dictionary.nearest_other(torch.eye(4)[[0, 0, 1]])
+    assert value.tolist() == [1, 1, 0] and index.tolist() == [1, 0, 0]
+
+
 @torch.no_grad()
 def test_duplicates_and_token_directions_are_found():
     sae, random = SAE(16, 6, "relu"), torch.Generator().manual_seed(0)
@@ -91,11 +100,11 @@ def test_auc_and_f1_are_those_of_pairs_and_places():
     dense[:, 2] = 0
     dense[:, 3] = 1 + random.random(90)  # never silent
     flags = random.random((90, 4)) < [0.1, 0.5, 0, 1]
-    found = dictionary._probed(csc_array(dense.astype(np.float32)), flags)
+    auc, f1, *_ = dictionary._probed(csc_array(dense.astype(np.float32)), flags)
     for j in range(6):
         for a in range(4):
             inside, outside = dense[flags[:, a], j], dense[~flags[:, a], j]
             gap = inside[:, None] - outside
-            assert found.auc[j, a] == pytest.approx(((gap > 0) + (gap == 0) / 2).mean() if gap.size else 0.5)
+            assert auc[j, a] == pytest.approx(((gap > 0) + (gap == 0) / 2).mean() if gap.size else 0.5)
             hits, missed, wrong = (inside > 0).sum(), (inside == 0).sum(), (outside > 0).sum()
-            assert found.f1[j, a] == pytest.approx(2 * hits / max(2 * hits + missed + wrong, 1))
+            assert f1[j, a] == pytest.approx(2 * hits / max(2 * hits + missed + wrong, 1))

@@ -19,7 +19,7 @@ KINDS = {"random": lambda v: v, "ties": lambda v: (v * 3).round(), "negative": l
 
 
 def naive_largest(row, k):
-    """The k largest numbers of a list, largest first, with zeros where there are fewer; and their places, later ones of ties."""
+    """The k largest numbers of a list, largest first, zeros where there are fewer; and their places, later ones of ties."""
     order = sorted(range(len(row)), key=lambda place: (row[place], place), reverse=True)[:k]
     return sorted([row[place] for place in order] + [0.0] * (k - len(row)), reverse=True), order
 

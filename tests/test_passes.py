@@ -66,7 +66,7 @@ def test_a_signal_writes_a_checkpoint_and_leaves(kind, raised, tmp_path):
     before = signal.getsignal(kind)
     with pytest.raises(raised):
         passes.fit_all([train.Run(sae, 1000)], Interrupted(Memory(x, t), 50, 0), folder=tmp_path)
-    assert signal.getsignal(kind) is before and checkpoints.newest(tmp_path)["source"]["given"] == 8
+    assert signal.getsignal(kind) is before and checkpoints.last(tmp_path)[1]["source"]["given"] == 8
     passes.fit_all([train.Run(sae, 1000)], mixed(x, t, 50), folder=tmp_path)
     train.fit(uninterrupted, mixed(x, t, 50), 1000)
     assert all(torch.equal(v, sae.state_dict()[name]) for name, v in uninterrupted.state_dict().items())
@@ -92,7 +92,7 @@ def test_a_checkpoint_of_other_settings_is_refused_by_name(tmp_path):
 def test_nothing_of_a_checkpoint_stays_in_memory(tmp_path, monkeypatch):
     x, t, _ = planted(1000)
     cut = PowerCut(Memory(x, t), 50, 0)
-    cut.at, places, newest = 10, set(), checkpoints.newest
+    cut.at, places, newest = 10, set(), passes.parallel.newest
     with pytest.raises(RuntimeError, match="power cut"):
         passes.fit_all([train.Run(started(), 1000)], cut, folder=tmp_path, checkpoint_every_s=0)
 
@@ -131,7 +131,7 @@ def test_the_sae_that_diverges_is_named_and_in_no_checkpoint(tmp_path):
     for every, folder in ((0, tmp_path), (60, None)):
         with pytest.raises(FloatingPointError, match=r"W_lookup of the topk SAE \(n 8, .* infinite values after"):
             passes.fit_all([train.Run(sae, 500)], mixed(x[t != 7], t[t != 7], 50), folder=folder, checkpoint_every_s=every)
-    assert checkpoints.newest(tmp_path) is None
+    assert checkpoints.last(tmp_path)[1] is None
 
 
 def test_small_runs_side_by_side_leave_no_thread_idle(monkeypatch):

@@ -215,7 +215,7 @@ def test_two_processes_at_once_share_the_work(tmp_path, whole):
         def counted(tokens):
             with open(tmp_path / "passes", "a") as file:
                 file.write(f"{number}")
-            until(lambda: "another process is writing the store" in (tmp_path / "said1").read_text())
+            until(lambda: "waiting for another process" in (tmp_path / "said1").read_text())
             return residuals(tokens)
         make(tmp_path / "store", counted)
 
@@ -300,7 +300,7 @@ def test_identities_are_compared_as_they_are_read_again(tmp_path):
 def test_a_store_over_its_limit_is_refused_before_anything_is_written(tmp_path, monkeypatch, stored):
     size = len(KEPT) * (2 * D + 4)
     folder = tmp_path / "new" / "store"
-    with pytest.raises(ValueError, match="takes .* GB .*more than `max_gb` = .*raise it, or ask for fewer `tokens`"):
+    with pytest.raises(ValueError, match="takes .* GB .*over `max_gb` = .*raise it, or ask for fewer `tokens`"):
         make(folder, max_gb=(size - 1) / 1e9)
     monkeypatch.setattr(shards.shutil, "disk_usage", lambda path: SimpleNamespace(free=size - 1))
     with pytest.raises(ValueError, match="still to write, and the disk has .* GB free: make room"):

@@ -63,3 +63,9 @@ def test_an_sae_without_a_table_is_refused():
     _, unigrams, x, t = pairs()
     with pytest.raises(ValueError, match="no lookup table"):
         table.by_token(SAE(16, 9, "relu"), unigrams, x, t)
+
+
+def test_a_single_token_has_no_nearest_one():
+    sae, unigrams, x, t = pairs()
+    with pytest.raises(ValueError, match="one row was given, two are needed"):
+        table.by_token(sae, unigrams, x[t == 3], t[t == 3])

@@ -72,20 +72,18 @@ def tokens_to_reach(tokens: Iterable[float], values: Iterable[float], target: fl
 
 def l0_at_equal(l0: Iterable[float], errors: Iterable[float], error: float) -> float:
     """The L0 at which a front, log-log linear between points, has this error; nan outside of it."""
-    points = sorted(zip(np.log(list(errors)), np.log(list(l0))))
-    xs, ys = [x for x, _ in points], [y for _, y in points]
-    return float(np.exp(np.interp(np.log(error), xs, ys, left=np.nan, right=np.nan)))
+    errors, l0 = np.array(sorted(zip(np.log(list(errors)), np.log(list(l0))))).T
+    return float(np.exp(np.interp(np.log(error), errors, l0, left=np.nan, right=np.nan)))
 
 
 def error_at_equal(l0: Iterable[float], errors: Iterable[float], wanted: float) -> float:
     """The error of a front, log-log linear between points, at this L0; flat beyond its ends."""
-    points = sorted(zip(np.log(list(l0)), np.log(list(errors))))
-    return float(np.exp(np.interp(np.log(wanted), [x for x, _ in points], [y for _, y in points])))
+    l0, errors = np.array(sorted(zip(np.log(list(l0)), np.log(list(errors))))).T
+    return float(np.exp(np.interp(np.log(wanted), l0, errors)))
 
 
-def bootstrap(statistic: Callable[[np.ndarray], float], groups: list[np.ndarray],
-              draws: int = 1000, seed: int = 0,
-              level: float = 0.95) -> tuple[float, float, float]:
+def bootstrap(statistic: Callable[[np.ndarray], float], groups: list[np.ndarray], draws: int = 1000,
+              seed: int = 0, level: float = 0.95) -> tuple[float, float, float]:
     """(estimate, low, high) of the mean over groups (seeds) of a statistic over members (features).
 
     Both groups and members are resampled.
@@ -111,9 +109,8 @@ def reconstruction(sae: SAE, x: torch.Tensor, t: torch.Tensor,
                    batch: int = 1024) -> dict[str, float]:
     """nmse, fvu, l0 and the share of features that never fire (dead) on x (m, d) raw, t (m,).
 
-    With a table also: lookup_nmse, the error of the table alone (b_dec + W_lookup[t], no
-    features), and lookup_share, the share of the variance that the whole SAE explains which the
-    table explains alone.
+    With a table also lookup_nmse, the error of the table alone (b_dec + W_lookup[t]), and
+    lookup_share, its share of the variance that the whole SAE explains.
     """
     errors, lookup_errors, squared, lookup_squared, firings = [], [], 0.0, 0.0, 0
     fired = torch.zeros(sae.n, dtype=torch.bool, device=x.device)
@@ -126,7 +123,7 @@ def reconstruction(sae: SAE, x: torch.Tensor, t: torch.Tensor,
         firings, fired = firings + active, fired | firing
     variance = (x - x.mean(0)).square().sum()
     result = dict(nmse=torch.cat(errors).mean().item(), fvu=(squared / variance).item(),
-                  l0=firings / len(x), dead=1 - fired.float().mean().item())
+                  l0=(torch.tensor(firings) / len(x)).item(), dead=1 - fired.float().mean().item())
     if sae.lookup != "none":
         share = (1 - lookup_squared / variance) / (1 - squared / variance)
         result |= dict(lookup_nmse=torch.cat(lookup_errors).mean().item(),

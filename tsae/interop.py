@@ -34,24 +34,26 @@ RENAMED = {"hook_point": "hook_name", "hook_point_head_index": "hook_head_index"
 
 def _fetch(path: str, folder: str) -> Path:
     """The local folder of the SAE. A `path` that is no folder here is a hub id: downloaded."""
-    place = path
     if not Path(path).is_dir():
         wanted = [Path(folder, name).as_posix() for name in (CONFIG, WEIGHTS, TABLE)]
         try:
-            place = huggingface_hub.snapshot_download(path, allow_patterns=wanted)
+            path = huggingface_hub.snapshot_download(path, allow_patterns=wanted)
         except Exception as error:  # the hub client's errors have no common family
             raise FileNotFoundError(
                 f"{path} is no folder here, and fetching {wanted[0]} and {wanted[1]} from the "
                 f"Hugging Face hub failed ({error}): check the names and the network") from error
+    place = Path(path, folder)
     for name in (CONFIG, WEIGHTS):
-        if not Path(place, folder, name).is_file():
-            raise FileNotFoundError(
-                f"there is no {name} in {Path(place, folder)}: name the folder that holds the SAE")
-    return Path(place, folder)
+        if not (place / name).is_file():
+            raise FileNotFoundError(f"there is no {name} in {place}: name the folder of an SAE")
+    return place
 
 
 def _config(file: Path) -> tuple[dict, dict]:
-    """A cfg.json of any version in the keys of version 6, and its metadata. See `_check`."""
+    """A cfg.json of any version in the keys of version 6, and its metadata.
+
+    ValueError for what an `SAE` cannot do; a line on stderr where weights may lack a factor.
+    """
     cfg = {RENAMED.get(key, key): value for key, value in store.read_json(file).items()
            if value is not None}
     metadata = cfg.pop("metadata", None)
@@ -64,27 +66,21 @@ def _config(file: Path) -> tuple[dict, dict]:
         cfg |= {"architecture": "topk", "k": (cfg.get("activation_fn_kwargs") or {}).get("k")}
     if isinstance(normalised := cfg["normalize_activations"], bool):
         cfg["normalize_activations"] = "expected_average_only_in" if normalised else "none"
-    _check(cfg, file)
-    layer = re.search(r"\.(\d+)(\.|$)", hook)
-    return cfg, metadata | {"layer": int(layer[1]) if layer else -1}
-
-
-def _check(cfg: dict, file: Path) -> None:
-    """ValueError for what an `SAE` cannot do; a line on stderr where weights may lack a factor."""
     for key, supported in SUPPORTED.items():
         if (value := cfg.get(key)) not in supported:
             raise ValueError(f"{file} has {key} {value!r}; supported: {', '.join(supported)}")
     if (how := cfg["normalize_activations"]) != "none":
-        tqdm.write(
-            f"{file} has normalize_activations {how!r}: its weights are taken for those that "
-            "SAELens writes when training ends, with the normalisation folded into them. If they "
-            "were saved before (SAELens keeps the factor of some published SAEs elsewhere), scale "
-            "x first: compare the error with the published one", file=sys.stderr)
+        tqdm.write(f"{file} has normalize_activations {how!r}: its weights are taken for those "
+                   "that SAELens writes when training ends, with the factor folded in. If it is "
+                   "kept elsewhere, scale x first: compare your error with the published one",
+                   file=sys.stderr)
     d, n, k = sizes = [cfg.get(key) for key in ("d_in", "d_sae", "k")]
     whole = all(isinstance(size, int) and size > 0 for size in sizes)
     if not whole or cfg["architecture"] == "topk" and k > n:
         raise ValueError(f"{file} has d_in {d!r}, d_sae {n!r}, k {k!r}; "
                          "expected whole numbers from 1, k at most d_sae")
+    layer = re.search(r"\.(\d+)(\.|$)", hook)
+    return cfg, metadata | {"layer": int(layer[1]) if layer else -1}
 
 
 def _tensors(file: Path, shapes: dict[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
@@ -92,8 +88,7 @@ def _tensors(file: Path, shapes: dict[str, tuple[int, ...]]) -> dict[str, torch.
     try:
         found = {name: tensor.float() for name, tensor in load_file(file).items()}
     except SafetensorError as error:
-        raise ValueError(
-            f"{file} is truncated or damaged ({error}): download or write it again") from None
+        raise ValueError(f"{file} is truncated or damaged ({error}): get it again") from None
     scaling = found.pop("scaling_factor", torch.ones(()))
     if not scaling.allclose(torch.ones_like(scaling)):
         raise ValueError(f"{file} has a finetuned `scaling_factor`; supported: all ones, or none")
@@ -104,8 +99,7 @@ def _tensors(file: Path, shapes: dict[str, tuple[int, ...]]) -> dict[str, torch.
         if len(sizes) != len(shape) or any(a != b != -1 for a, b in zip(sizes, shape)):
             raise ValueError(f"{file}: {name} has shape {sizes}, expected {shape}")
         if not found[name].isfinite().all():
-            raise ValueError(
-                f"{file}: {name} holds NaN or infinite values: download or write it again")
+            raise ValueError(f"{file}: {name} holds NaN or infinite values: get it again")
     return found
 
 
@@ -113,10 +107,9 @@ def load_saelens(path: str, folder: str = "") -> tuple[SAE, dict]:
     """An SAE from a SAELens folder, and its metadata: hook_name, layer (-1: unknown), ...
 
     `path` is a local folder or a hub id such as "jbloom/GPT2-Small-SAEs-Reformatted", `folder` a
-    folder inside it. The SAE takes the raw x (b, d) that SAELens takes, in float32. It has scale 1,
-    a table if the folder has one, and is in eval mode. x must be mean-centred over d where
-    metadata["model_from_pretrained_kwargs"] asks for center_writing_weights; the RES-JB files need
-    it and do not say so. FileNotFoundError; ValueError for damage and what an SAE cannot do.
+    folder inside it. The SAE is in eval mode and takes the raw x (b, d), float32, mean-centred over
+    d where metadata["model_from_pretrained_kwargs"] asks for center_writing_weights; the RES-JB
+    files need it and do not say so. Raises FileNotFoundError; ValueError for damage, or no support.
     """
     place = _fetch(path, folder)
     cfg, metadata = _config(place / CONFIG)
@@ -126,17 +119,11 @@ def load_saelens(path: str, folder: str = "") -> tuple[SAE, dict]:
     found = _tensors(place / WEIGHTS, shapes)
     state = {"W_enc": found["W_enc"].T, "W_dec": found["W_dec"], "b_dec": found["b_dec"]}
     state |= {here: found[there] for here, there in names.items()}
-    if not cfg.get("apply_b_dec_to_input", True):
-        state |= _with_input_bias(state)
-    if architecture == "topk" and cfg.get("rescale_acts_by_decoder_norm"):
-        state |= _with_unit_rows(state)
-    if "threshold" in state:
-        state["log_threshold"] = _log_threshold(state.pop("threshold"))
+    _fold(state, cfg)
     if (place / TABLE).is_file():
         state |= _tensors(place / TABLE, {"W_lookup": (-1, d)})
     elif "lookup" in metadata:
-        raise FileNotFoundError(
-            f"there is no {TABLE} in {place}, but its {CONFIG} tells of a table: copy it there too")
+        raise FileNotFoundError(f"there is no {TABLE} in {place}, but its {CONFIG} tells of one: copy it")
     activation = "relu" if architecture == "standard" else architecture
     sae = SAE(d, n, activation, cfg["k"], vocabulary=len(state.get("W_lookup", ())),
               lookup="learned" if "W_lookup" in state else "none")
@@ -144,27 +131,23 @@ def load_saelens(path: str, folder: str = "") -> tuple[SAE, dict]:
     return sae.eval(), metadata
 
 
-def _with_input_bias(state: dict) -> dict:
-    """Biases for an encoder that saw x itself: an SAE always subtracts b_dec, this puts it back."""
-    shift = state["W_enc"] @ state["b_dec"]  # (n,)
-    biases = {"b_enc": state["b_enc"] + shift}
-    if "b_mag" in state:
-        biases["b_mag"] = state["b_mag"] + shift * state["r_mag"].exp()
-    return biases
-
-
-def _with_unit_rows(state: dict) -> dict:
-    """Weights for codes that count in units of their decoder row: the norms go into the encoder."""
-    norm = state["W_dec"].norm(dim=-1, keepdim=True).clamp_min(1e-8)  # (n, 1)
-    return {"W_enc": state["W_enc"] * norm, "b_enc": state["b_enc"] * norm[:, 0],
-            "W_dec": state["W_dec"] / norm}
-
-
-def _log_threshold(threshold: torch.Tensor) -> torch.Tensor:
-    """log(threshold) (n,). A threshold below 0 acts as 0, since codes are never negative."""
-    log = threshold.clamp_min(0).log()
-    # Rounding must not put exp(log) below it: a pre-activation on its threshold stays silent.
-    return torch.where(log.exp() < threshold, log + 2**-22 * log.abs().clamp_min(1), log)
+def _fold(state: dict, cfg: dict) -> None:
+    """Put into the weights what this kind of SAELens file computes, and an `SAE` does not."""
+    if not cfg.get("apply_b_dec_to_input", True):  # an SAE subtracts b_dec: put it back
+        shift = state["W_enc"] @ state["b_dec"]  # (n,)
+        state["b_enc"] = state["b_enc"] + shift
+        if "b_mag" in state:
+            state["b_mag"] = state["b_mag"] + shift * state["r_mag"].exp()
+    if cfg["architecture"] == "topk" and cfg.get("rescale_acts_by_decoder_norm"):
+        norm = state["W_dec"].norm(dim=-1, keepdim=True).clamp_min(1e-8)  # (n, 1)
+        state |= {"W_enc": state["W_enc"] * norm, "b_enc": state["b_enc"] * norm[:, 0],
+                  "W_dec": state["W_dec"] / norm}
+    if "threshold" in state:  # below 0 it acts as 0, since codes are never negative
+        threshold = state.pop("threshold")
+        log = threshold.clamp_min(0).log()
+        # Rounding must not put exp(log) below it: a pre-activation on its threshold stays silent.
+        above = log + 2**-22 * log.abs().clamp_min(1)
+        state["log_threshold"] = torch.where(log.exp() < threshold, above, log)
 
 
 @torch.no_grad()
@@ -173,14 +156,13 @@ def save_saelens(sae: SAE, folder: str | Path, *, hook_name: str, model_name: st
     """Write an SAE as a SAELens 6 folder with the same codes, and return the folder.
 
     `hook_name` and `model_name` are TransformerLens's ("blocks.8.hook_resid_pre", "gpt2-small").
-    `context_size` is in tokens. `centred`: x was mean-centred over d (without LayerNorm there is
-    nothing to centre). ValueError for encoder_sees="rest", and for a batchtopk never trained.
+    `context_size` is in tokens. `centred`: x was mean-centred over d (only LayerNorm models are).
+    ValueError for encoder_sees="rest", and for a batchtopk never trained.
     """
     own = {name: tensor.cpu().float() for name, tensor in sae.state_dict().items()}
     if "W_lookup" in own and sae.encoder_sees == "rest":
-        raise ValueError(
-            "SAELens cannot express encoder_sees='rest', where the encoder sees the activation "
-            "minus its token's row: keep it with `SAE.save`, or train with encoder_sees='full'")
+        raise ValueError("SAELens cannot express encoder_sees='rest': keep it with `SAE.save`, or "
+                         "train with encoder_sees='full'")
     architecture = {"relu": "standard", "batchtopk": "jumprelu"}.get(sae.activation, sae.activation)
     if architecture == "jumprelu":
         own["threshold"] = _threshold(sae, own)
@@ -197,26 +179,11 @@ def save_saelens(sae: SAE, folder: str | Path, *, hook_name: str, model_name: st
     if architecture == "topk":
         cfg |= {"k": sae.k, "rescale_acts_by_decoder_norm": False}
     files = {WEIGHTS: tensors}
-    if "W_lookup" in own:
+    if "W_lookup" in own:  # before the weights, which appear last
         metadata["lookup"] = ("SAELens's reconstruction lacks W_lookup[t], raw units, "
                               f"the row of token t in {TABLE}")
         files = {TABLE: {"W_lookup": own["W_lookup"] * sae.scale}} | files
-    return _write(Path(folder), cfg, files)
-
-
-def _threshold(sae: SAE, own: dict) -> torch.Tensor:
-    """The threshold (n,) above which SAELens's jumprelu fires, in units of `scale`."""
-    if sae.activation == "jumprelu":
-        return own["log_threshold"].exp()
-    if own["threshold"] < 0:
-        raise ValueError("this batchtopk SAE was never trained: "
-                         "it has no threshold yet that SAELens could apply")
-    # Here a pre-activation equal to the threshold fires, there it does not: go one float below.
-    return torch.nextafter(own["threshold"], torch.zeros(())).repeat(sae.n)
-
-
-def _write(folder: Path, cfg: dict, files: dict[str, dict[str, torch.Tensor]]) -> Path:
-    """Write cfg.json, then `files` in their order: the weights appear last."""
+    folder = Path(folder)
     for name in (WEIGHTS, TABLE):  # an earlier export never mixes with this one, even if cut short
         (folder / name).unlink(missing_ok=True)
     store.write_json(folder / CONFIG, cfg)
@@ -224,3 +191,13 @@ def _write(folder: Path, cfg: dict, files: dict[str, dict[str, torch.Tensor]]) -
         with store.replacing(folder / name) as temporary:
             save_file(tensors, temporary)
     return folder
+
+
+def _threshold(sae: SAE, own: dict) -> torch.Tensor:
+    """The threshold (n,) above which SAELens's jumprelu fires, in units of `scale`."""
+    if sae.activation == "jumprelu":
+        return own["log_threshold"].exp()
+    if own["threshold"] < 0:
+        raise ValueError("this batchtopk SAE was never trained: it has no threshold yet to export")
+    # Here a pre-activation equal to the threshold fires, there it does not: go one float below.
+    return torch.nextafter(own["threshold"], torch.zeros(())).repeat(sae.n)

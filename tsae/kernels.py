@@ -239,7 +239,7 @@ def _above(x: Tensor, W: Tensor, bias: Tensor,
     if x.is_cuda or bound is None or len(x) == 0:
         return None, sampled_products(None, x, W).add_(bias)
     pre = _affine(W, bias, len(x))(x)
-    reach = _reaches(pre, bound(pre.flatten()) if callable(bound) else bound).numpy()
+    reach = _reaches(pre, bound(pre.flatten()) if callable(bound) else bound)
     if np.count_nonzero(reach) > FEW * pre.numel():
         return None, pre.float() if _quick else pre
     pairs = torch.from_numpy(np.flatnonzero(reach))  # several times as fast as torch.nonzero
@@ -247,11 +247,12 @@ def _above(x: Tensor, W: Tensor, bias: Tensor,
     return support, None if _quick else pre.flatten()[pairs]
 
 
-def _reaches(pre: Tensor, least: Tensor) -> Tensor:
+def _reaches(pre: Tensor, least: Tensor) -> np.ndarray:
     """(b, n) bool: where pre is above 0 and not below `least`. NaN is everywhere: it must show."""
     if pre.dtype == torch.bfloat16:  # one step of bfloat16 lower, for what was rounded down
-        return _sortable(pre) > (_sortable(least.bfloat16()).clamp_min(0) - 2).clamp_min(0)
-    return (pre <= 0).logical_or_(pre < least).logical_not_()
+        two_below = (_sortable(least.bfloat16()).clamp_min(0) - 2).clamp_min(0)
+        return _sortable(pre).numpy() > two_below.numpy()  # numpy: four times as fast as torch
+    return (pre <= 0).logical_or_(pre < least).logical_not_().numpy()
 
 
 class _Select(torch.autograd.Function):

@@ -29,9 +29,8 @@ Patch = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # x (m, d), t (m,)
 class Layer:
     """The residual stream at one layer, as functions: what pairs (x, t) are made from.
 
-    residuals(tokens (b, T)) -> x (b, T, d) float32; keep(tokens) -> (b, T) bool, the positions that
-    count; unigrams() -> A([BOS, t])[1] for all V token ids, (V, d); identity: what names these
-    numbers.
+    residuals(tokens (b, T)) -> x (b, T, d) float32; keep(tokens) -> (b, T) bool, positions that
+    count; unigrams() -> A([BOS, t])[1] of all ids (V, d); identity: what names these numbers.
     """
 
     number: int
@@ -106,10 +105,7 @@ class LM:
 
     @torch.no_grad()
     def residuals(self, tokens: torch.Tensor, layers: Sequence[int]) -> dict[int, torch.Tensor]:
-        """{layer: activations (b, T, d) float32} of token ids (b, T).
-
-        One pass, that stops after the last layer.
-        """
+        """{layer: x (b, T, d) float32} of token ids (b, T), in a pass up to the last layer."""
         tokens, saved = self._checked(tokens, layers), {}
         with self.traced.trace(input_ids=tokens, use_cache=False) as tracer:
             for layer in sorted(set(layers)):

@@ -18,8 +18,7 @@ WIDTH, HEIGHT = 860, 460  # pixels, of a figure that states no other size
 
 def write_picture(figure: go.Figure, path: Path) -> None:
     """Write the figure as PNG. Without a Chrome nothing is written."""
-    image = picture(figure, 1.5)
-    if image:
+    if image := picture(figure, 1.5):
         with store.replacing(path) as temporary:
             temporary.write_bytes(image)
 
@@ -36,8 +35,8 @@ def picture(figure: go.Figure, scale: float = 1.0) -> bytes | None:
 class _Painter:
     """One browser for all pictures of a process, on a thread of its own.
 
-    `works` turns False for good at the first failure. kaleido's own server is not used: without a
-    Chrome its thread dies, and whoever asks it for a picture waits for ever.
+    `works` turns False for good at the first failure. Without a Chrome, kaleido's own server dies,
+    and whoever asks it for a picture waits for ever.
     """
 
     def __init__(self, patience_s: float = 60.0):
@@ -45,7 +44,8 @@ class _Painter:
         self.loop = asyncio.new_event_loop()
         threading.Thread(target=self.loop.run_forever, daemon=True).start()
         self.browser = self.wait(self._opened)
-        atexit.register(self.close)
+        if self.browser:
+            atexit.register(self.wait, kaleido.Kaleido.close)
 
     async def _opened(self, _) -> kaleido.Kaleido:
         browser = kaleido.Kaleido()
@@ -61,10 +61,6 @@ class _Painter:
             future.cancel()
             self.works = False
             return None
-
-    def close(self) -> None:
-        if self.browser:
-            self.wait(lambda browser: browser.close())
 
 
 _painter = cache(_Painter)

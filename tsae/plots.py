@@ -24,6 +24,7 @@ pio.templates["tsae"] = go.layout.Template(layout=dict(
     paper_bgcolor="white", plot_bgcolor="white", margin=dict(l=75, r=25, t=70, b=65),
     legend=dict(title=None, bgcolor="rgba(255,255,255,0.8)"), xaxis=AXIS, yaxis=AXIS))
 px.defaults.template = "tsae"
+DOTTED = dict(line_dash="dot", line_color="#4a5568")
 STYLE = dict(legend_title_text="", template="tsae", width=WIDTH, height=HEIGHT)
 
 
@@ -31,8 +32,7 @@ def show(figure: go.Figure, path: str | Path = "") -> None:
     """Display a figure. With a `path` write it too: as html, and as png where there is a Chrome."""
     bundle = {"application/vnd.plotly.v1+json": json.loads(figure.to_json()),
               "text/plain": figure.layout.title.text or ""}
-    image = picture(figure)  # small: for viewers without JavaScript, beside the plotly figure
-    if image:
+    if image := picture(figure):  # small: for viewers without JavaScript
         bundle["image/png"] = image
     if path:
         path = Path(path)
@@ -47,11 +47,10 @@ def _titled(figure: go.Figure, title: str, x: str = "", y: str = "", **layout) -
     figure.update_layout(title=title, **(STYLE | layout))
     for heading in figure.layout.annotations:  # "nmse", not plotly's "metric=nmse"
         heading.update(text=heading.text.split("=")[-1], font_size=15)
+    first = 1 if figure._grid_ref else None  # of the panels' rows and columns
     if x:
-        figure.update_xaxes(title=x, row=1 if figure._grid_ref else None)
-    if y:
-        figure.update_yaxes(title=y, col=1 if figure._grid_ref else None)
-    return figure
+        figure.update_xaxes(title=x, row=first)
+    return figure.update_yaxes(title=y, col=first) if y else figure
 
 
 def _error_bars(table: pd.DataFrame, value: str = "value", axis: str = "y") -> dict[str, pd.Series]:
@@ -60,58 +59,60 @@ def _error_bars(table: pd.DataFrame, value: str = "value", axis: str = "y") -> d
             f"error_{axis}_minus": table[value] - table["low"]}
 
 
-def _lines(table: pd.DataFrame, x: str, y: str, **options) -> go.Figure:
-    """Lines with intervals, a colour for "with table" and for "without table"."""
-    options = dict(color="table", color_discrete_map=COLOURS, markers=True) | options
-    return px.line(table, x=x, y=y, **options, **_error_bars(table, y))
-
-
-def _log_ticks(axis: go.layout.XAxis | go.layout.YAxis, values: pd.Series) -> None:
-    """Label a log axis with few round numbers. Plotly's own digits and powers are hard to read."""
-    values = values[values > 0]
-    low, high = np.log10([values.min() / 1.3, values.max() * 1.3])
+def _log_ticks(values: pd.Series) -> dict[str, list]:
+    """Few round labels for a log axis of `values`. Plotly's own digits are hard to read."""
+    low, high = np.log10([values[values > 0].min() / 1.3, values.max() * 1.3])
     digits = (1, 1.5, 2, 3, 4, 5, 7)
     if high - low > 1:  # decades
         digits = (1,) if high - low > 3 else (1, 2, 5)
     ticks = [digit * 10.0**power for power in range(-9, 10) for digit in digits]
     ticks = [tick for tick in ticks if low <= np.log10(tick) <= high]
-    axis.update(tickvals=ticks,
-                ticktext=[f"{tick:g}" if tick < 1e4 else f"{tick / 1000:g}k" for tick in ticks])
+    labels = [f"{tick:g}" if tick < 1e4 else f"{tick / 1000:g}k" for tick in ticks]
+    return dict(tickvals=ticks, ticktext=labels)
+
+
+def _lines(table: pd.DataFrame, x: str, y: str, color: str = "table", **options) -> go.Figure:
+    """A line for each `color`, with intervals where the table has the columns low and high."""
+    colours = COLOURS if color in ("table", "sae") else None  # the columns of WITH and WITHOUT
+    options = dict(markers=True, facet_col_spacing=0.08) | options
+    if "high" in table:
+        options |= _error_bars(table, y)
+    figure = px.line(table, x, y, color=color, color_discrete_map=colours, **options)
+    if options.get("log_x"):
+        figure.update_xaxes(_log_ticks(table[x]))
+    if options.get("log_y"):
+        figure.update_yaxes(_log_ticks(table[y]))
+    return figure
 
 
 def loss_curve(table: pd.DataFrame) -> go.Figure:
     """Columns step, train, validation (nats a token)."""
-    drawn = table.melt("step", ["train", "validation"])
-    figure = px.line(drawn, x="step", y="value", color="variable")
+    figure = px.line(table, "step", ["train", "validation"])
     return _titled(figure, "Cross-entropy of the embedded model", "optimiser step", "nats a token")
 
 
 def norms(table: pd.DataFrame) -> go.Figure:
     """Columns position, layer, norm."""
     drawn = table.assign(layer="layer " + table["layer"].astype(str))
-    figure = px.line(drawn, x="position", y="norm", color="layer", log_y=True,
-                     markers=drawn["position"].nunique() < 20)
-    _log_ticks(figure.layout.yaxis, drawn["norm"])
+    figure = _lines(drawn, "position", "norm", "layer", log_y=True,
+                    markers=drawn["position"].nunique() < 20)
     return _titled(figure, "Activation norm by position (0 is BOS)", "position", "mean norm")
 
 
 def token_share(table: pd.DataFrame) -> go.Figure:
     """Columns layer, predictor, r2."""
-    figure = px.line(table, x="layer", y="r2", color="predictor", markers=True,
-                     range_y=[min(0, table["r2"].min()), 1])
-    figure.update_xaxes(dtick=1)
+    figure = px.line(table, "layer", "r2", color="predictor", markers=True)
+    figure.update_xaxes(dtick=1).update_yaxes(range=[min(0, table["r2"].min()), 1])
     return _titled(figure, "Share of the activation's variance that the token explains",
                    "layer (resid_pre)", "share of variance explained (R²)")
 
 
 def suffix_cosine(table: pd.DataFrame) -> go.Figure:
     """Columns n, layer, position, cosine: one heat map for each n (the paper's Fig. 5)."""
-    positions = sorted(table["position"].unique())
-    grids = [table[table["n"] == n].pivot(index="layer", columns="position", values="cosine")
-             .reindex(columns=positions) for n in (1, 2, 3)]
-    figure = px.imshow(np.stack([grid.values for grid in grids]), facet_col=0, aspect="auto",
-                       zmin=0.4, zmax=1, x=grids[0].columns, y=grids[0].index.astype(str),
-                       color_continuous_scale="Viridis", origin="lower")
+    grid = table.pivot(index=["n", "layer"], columns="position", values="cosine")
+    figure = px.imshow(np.stack([grid.loc[n] for n in (1, 2, 3)]), x=grid.columns, facet_col=0,
+                       y=grid.loc[1].index.astype(str), origin="lower", aspect="auto",
+                       zmin=0.4, zmax=1, color_continuous_scale="Viridis")
     for heading, last in zip(figure.layout.annotations, ("token", "2", "3")):
         heading.text = f"BOS + last {last}"
     bar = dict(title="cosine", tickvals=[0.4, 0.6, 0.8, 1], ticktext=["0.4 or less", 0.6, 0.8, 1])
@@ -121,27 +122,23 @@ def suffix_cosine(table: pd.DataFrame) -> go.Figure:
 
 def gram_counts(table: pd.DataFrame) -> go.Figure:
     """Columns n, per_million, grams (the paper's Fig. 1)."""
-    drawn = table.assign(seen=table["per_million"].map("over {:.3g} per million tokens".format),
-                         n=table["n"].astype(str))
-    figure = px.bar(drawn, x="n", y="grams", color="seen", barmode="group", log_y=True)
-    _log_ticks(figure.layout.yaxis, drawn["grams"])
+    seen = table["per_million"].map("over {:.3g} per million tokens".format)
+    drawn = table.assign(seen=seen, n=table["n"].astype(str))
+    figure = px.bar(drawn, "n", "grams", color="seen", barmode="group", log_y=True)
+    figure.update_yaxes(_log_ticks(drawn["grams"]))
     return _titled(figure, "Distinct n-grams by how often they are seen", "n", "distinct n-grams")
 
 
 def error_by_count(table: pd.DataFrame) -> go.Figure:
     """Columns count, error, low and high (quartiles), sae: unigrams by training count (Fig. 2)."""
-    figure = _lines(table, "count", "error", color="sae", log_x=True, log_y=True)
-    _log_ticks(figure.layout.xaxis, table["count"])
-    _log_ticks(figure.layout.yaxis, table["error"])
+    figure = _lines(table, "count", "error", "sae", log_x=True, log_y=True)
     return _titled(figure, "Reconstruction error of a unigram by the token's training count",
                    "times the token was seen in training", "error of [BOS, t]: median, quartiles")
 
 
 def unigram_activations(table: pd.DataFrame, token: str) -> go.Figure:
     """Columns rank, activation, sae: sorted pre-activations of one unigram (the paper's Fig. 3)."""
-    figure = px.line(table, x="rank", y="activation", color="sae", log_x=True,
-                     color_discrete_map=COLOURS)
-    _log_ticks(figure.layout.xaxis, table["rank"])
+    figure = _lines(table, "rank", "activation", "sae", log_x=True, markers=False)
     return _titled(figure, f"Pre-activations of all features on the unigram [BOS, {token!r}]",
                    "feature, by rank", "pre-activation")
 
@@ -151,7 +148,7 @@ def shares(table: pd.DataFrame) -> go.Figure:
     labels = {"answering": "answer to one", "top_is_top": "of these: same<br>top token",
               "any_shared": "of these: share<br>a top token"}
     drawn = table.assign(measure=table["metric"].map(labels)).dropna(subset="measure")
-    figure = px.bar(drawn, x="measure", y="value", color="inputs", barmode="group", facet_col="sae",
+    figure = px.bar(drawn, "measure", "value", "inputs", facet_col="sae", barmode="group",
                     text_auto=".0%")
     figure.update_traces(textangle=0, textposition="outside", textfont_size=12, cliponaxis=False)
     figure.update_yaxes(range=[0, 1.08], tickformat=".0%", matches=None)
@@ -160,12 +157,12 @@ def shares(table: pd.DataFrame) -> go.Figure:
 
 def pareto(table: pd.DataFrame, title: str = "Error by sparsity, by kind of SAE") -> go.Figure:
     """Columns architecture, table, l0, metric, value, low, high: a line a kind of SAE (Fig. 6)."""
-    figure = _lines(table, "l0", "value", facet_col="metric", facet_col_spacing=0.08, log_x=True,
-                    log_y=True, symbol="architecture", symbol_map=MARKERS, line_dash="architecture")
+    figure = _lines(table, "l0", "value", facet_col="metric", log_x=True, log_y=True,
+                    symbol="architecture", symbol_map=MARKERS, line_dash="architecture")
     figure.update_yaxes(matches=None, showticklabels=True).update_traces(marker_size=8)
-    figure.update_xaxes(tickvals=[1, 2, 4, 8, 16, 32, 64, 128, 256])
+    figure.update_xaxes(tickvals=[1, 2, 4, 8, 16, 32, 64, 128, 256], ticktext=None)
     for axis, (_, part) in zip(figure.select_yaxes(row=1), table.groupby("metric", sort=False)):
-        _log_ticks(axis, part["value"])
+        axis.update(_log_ticks(part["value"]))
     for trace in figure.data:  # "topk, with table", not "with table, topk"
         trace.name = ", ".join(reversed(trace.name.split(", ")))
     return _titled(figure, title, "L0 (active features a token)", "lower is better",
@@ -182,10 +179,9 @@ def bars(table: pd.DataFrame, x: str, title: str, label: str) -> go.Figure:
 
 def speedup(table: pd.DataFrame) -> go.Figure:
     """Columns where (model, layer), metric, value, low, high: the paper's speed-up (result 9)."""
-    figure = px.scatter(table, x="where", y="value", color="metric", symbol="metric",
-                        symbol_sequence=["circle", "diamond-open"], **_error_bars(table))
-    figure.update_traces(marker_size=11).update_yaxes(rangemode="tozero")
-    figure.add_hline(y=1, line_dash="dot", line_color="#4a5568")
+    figure = px.scatter(table, "where", "value", "metric", "metric", **_error_bars(table),
+                        symbol_sequence=["circle", "diamond-open"])
+    figure.update_traces(marker_size=11).update_yaxes(rangemode="tozero").add_hline(1, **DOTTED)
     return _titled(figure, "Training speed-up: tokens to equal quality, baseline / tokenized", " ",
                    "ratio of training tokens", width=1000)
 
@@ -202,8 +198,7 @@ def unigram_classes(table: pd.DataFrame) -> go.Figure:
 def thresholds(table: pd.DataFrame, chosen: float) -> go.Figure:
     """Columns threshold, share, table, low, high: result 7 by threshold; the dots mark `chosen`."""
     figure = _lines(table, "threshold", "share")
-    figure.update_yaxes(tickformat=".0%", rangemode="tozero")
-    figure.add_vline(x=chosen, line_dash="dot", line_color="#4a5568")
+    figure.update_yaxes(tickformat=".0%", rangemode="tozero").add_vline(chosen, **DOTTED)
     return _titled(figure, "Features that answer to some unigram, by threshold",
                    "threshold on the activation (share of the rms norm of the centred activations)",
                    "share of live features")
@@ -218,11 +213,11 @@ def cost(table: pd.DataFrame) -> go.Figure:
     colours = {"tsae": "#2b6cb0", "tsae + table": COLOURS[WITH], "floor": "#a0aec0"}
     figure = px.line(drawn, x="size", y="ms", color="contender", facet_col="axis", markers=True,
                      log_x=True, log_y=True, facet_col_spacing=0.04, color_discrete_map=colours)
-    figure.update_xaxes(matches=None)
-    _log_ticks(figure.layout.yaxis, drawn["ms"])
-    for axis, label in zip(figure.select_xaxes(row=1), drawn["axis"].unique()):
-        sizes = sorted(drawn.loc[drawn["axis"] == label, "size"].unique())
-        axis.update(title=label, tickangle=0, tickfont_size=11, tickvals=sizes, ticktext=[
+    figure.update_xaxes(matches=None, tickangle=0, tickfont_size=11)
+    figure.layout.yaxis.update(_log_ticks(drawn["ms"]))
+    for axis, (label, part) in zip(figure.select_xaxes(row=1), drawn.groupby("axis", sort=False)):
+        sizes = sorted(part["size"].unique())
+        axis.update(title=label, tickvals=sizes, ticktext=[
             f"{size:g}" if size < 10_000 else f"{size / 1000:.0f}k" for size in sizes])
     figure.layout.annotations = ()  # the x axes say it
     base = table[table["cell"] == "base"].iloc[0]
@@ -232,30 +227,25 @@ def cost(table: pd.DataFrame) -> go.Figure:
 
 def ladder(table: pd.DataFrame) -> go.Figure:
     """Columns n, table, value, low, high: how well the last n tokens predict a feature."""
-    figure = _lines(table, "n", "value")
-    figure.update_xaxes(dtick=1).update_yaxes(rangemode="tozero")
+    figure = _lines(table, "n", "value").update_xaxes(dtick=1).update_yaxes(rangemode="tozero")
     return _titled(figure, "R² of a feature's activation given the last n tokens", "last n tokens",
                    "R², mean over features, held-out")
 
 
 def complexity_by_frequency(table: pd.DataFrame) -> go.Figure:
     """Columns frequency, table, value, low, high: complexity within firing-frequency bins."""
-    figure = _lines(table, "frequency", "value", log_x=True)
-    _log_ticks(figure.layout.xaxis, table["frequency"])
-    figure.update_yaxes(range=[0, 1.02])
+    figure = _lines(table, "frequency", "value", log_x=True).update_yaxes(range=[0, 1.02])
     return _titled(figure, "Complexity by firing frequency",
                    "firing frequency (share of positions)", "share not explained by the token")
 
 
 def plane(table: pd.DataFrame) -> go.Figure:
     """Columns architecture, k, table, l0, complexity_1, fuzzing, a row an SAE: means over seeds."""
-    kinds = table.groupby(["architecture", "k", "table"], as_index=False)
-    drawn = kinds[["fuzzing", "complexity_1", "l0"]].mean()
+    drawn = table.groupby(["architecture", "k", "table"], as_index=False).mean(numeric_only=True)
     has_k = drawn["architecture"].isin(["topk", "batchtopk"])
     drawn["label"] = np.where(has_k, "k " + drawn["k"].astype(str), "")
-    figure = px.scatter(drawn, x="fuzzing", y="complexity_1", color="table", symbol="architecture",
-                        symbol_map=MARKERS, color_discrete_map=COLOURS, hover_data=["k", "l0"],
-                        text="label")
+    figure = px.scatter(drawn, "fuzzing", "complexity_1", "table", "architecture", text="label",
+                        color_discrete_map=COLOURS, symbol_map=MARKERS, hover_data=["k", "l0"])
     figure.update_traces(marker_size=11, textposition="middle right", textfont_size=12)
     figure.update_traces(textposition="bottom center", selector=dict(marker_symbol="square"))
     return _titled(figure, "Complexity and consistency, one point a kind of SAE",
@@ -269,10 +259,7 @@ def table_quality(table: pd.DataFrame) -> go.Figure:
                  nmse_table="nmse, table alone", nmse="nmse, whole SAE")
     drawn = table[table["low"] > 0].rename(columns=names).melt("low", [*names.values()], "measure")
     drawn["part"] = np.where(drawn["measure"].str.contains("nmse"), "error", "cosine or ratio")
-    figure = px.line(drawn, x="low", y="value", color="measure", facet_col="part", markers=True,
-                     log_x=True, facet_col_spacing=0.08)
+    figure = _lines(drawn, "low", "value", "measure", log_x=True, facet_col="part")
     figure.update_yaxes(matches=None, showticklabels=True, rangemode="tozero", title="")
-    for axis in figure.select_xaxes():
-        _log_ticks(axis, drawn["low"])
-    return _titled(figure, "Rows of the table by training count",
-                   "count in the training text", "", width=1060)
+    return _titled(figure, "Rows of the table by training count", "count in the training text",
+                   width=1060)

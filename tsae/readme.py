@@ -24,8 +24,8 @@ def with_interval(row: pd.Series, form: str = "{:.3f}") -> str:
 
 def sweep(results: Path) -> str:
     """TopK at every k: nmse and ce_added without and with the table, and the relative gain."""
-    fronts = store.read_table(results / "fronts.csv")
-    fronts = fronts[fronts["activation"] == "topk"].set_index(["metric", "k", "table"])
+    fronts = store.read_table(results / "fronts.csv").query("activation == 'topk'")
+    fronts = fronts.set_index(["metric", "k", "table"])
     rows = []
     for k in sorted(k for metric, k, table in fronts.index if (metric, table) == ("nmse", WITHOUT)):
         row = {"k": k}
@@ -61,20 +61,16 @@ def headline(results: Path) -> str:
 
 def evidence(results: Path) -> str:
     """The evidence table."""
-    rows = []
-    for row in store.read_table(results / "evidence.csv").itertuples():
-        ours = "" if pd.isna(row.ours) else f"{row.ours}"
-        if ours and not pd.isna(row.low):
-            ours += f" [{row.low:.3g}, {row.high:.3g}]"
-        rows.append({"claim": row.claim, "paper": row.paper, "ours": ours, "verdict": row.verdict,
-                     "criterion": "" if pd.isna(row.criterion) else row.criterion})
-    return markdown(rows)
+    table = store.read_table(results / "evidence.csv").fillna({"ours": "", "criterion": ""})
+    for i, row in table.iterrows():
+        if row["ours"] != "" and not pd.isna(row["low"]):
+            table.loc[i, "ours"] = f"{row['ours']} [{row['low']:.3g}, {row['high']:.3g}]"
+    return markdown(table[["claim", "paper", "ours", "verdict", "criterion"]].to_dict("records"))
 
 
 def cost(results: Path) -> str:
     """Time of a training step at the benchmark's base size: each trainer, the floor, the ratios."""
-    table = store.read_table(results / "bench_step.csv")
-    base = table[table["cell"] == "base"]
+    base = store.read_table(results / "bench_step.csv").query("cell == 'base'")
     rows = []
     for row in base.itertuples():
         version = f" {row.version}" if isinstance(row.version, str) else ""
@@ -128,6 +124,6 @@ def tie() -> None:
     results, figures = store.DATA / "results", store.ROOT / "figures"
     store.write_json(figures / "manifest.json", dict(
         tables=store.digest(results / "manifest.json"), notebook="05_figures",
-        figures={file.name: store.digest(file) for file in sorted(figures.glob("*.png"))}))
+        figures={file.name: store.digest(file) for file in figures.glob("*.png")}))
     page = store.ROOT / "README.md"
     store.write_text(page, written(page.read_text(encoding="utf-8"), results))

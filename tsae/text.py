@@ -27,8 +27,9 @@ PACKAGES = ("torch transformers scipy sympy sklearn pandas networkx numpy huggin
             "nnsight mpmath").split()
 RETRY_AFTER_S = (1.0, 2.0, 4.0, 8.0)  # the waits between five tries to reach the hub
 CLIENTS = {"requests", "urllib3", "httpx", "httpx2", "aiohttp", "huggingface_hub"}
-INSTEAD = 'or pass a local file or folder, or "docstrings"'
+INSTEAD = 'check name and network, or pass a local file or folder, or "docstrings"'
 SUFFIXES = {".txt": "text", ".jsonl": "json", ".parquet": "parquet"}
+ENDINGS = ", ".join(SUFFIXES)
 
 
 def _docstrings_of(path: str) -> list[str]:
@@ -103,8 +104,9 @@ def documents(corpus: str, split: str = "train", column: str = "text") -> Iterat
 
     `corpus` is "docstrings" (those of the installed packages); a .txt file (cut at blank lines into
     documents of about 2000 characters); a .jsonl or .parquet file (a document a row); a folder of
-    such files; or a dataset of the Hugging Face hub, "owner/name" or "owner/name:configuration",
-    streamed. A FileNotFoundError, ValueError or ConnectionError says what was looked for.
+    such files, or of those whose names start with `split`; or a dataset of the Hugging Face hub,
+    "owner/name" or "owner/name:configuration", streamed. Raises FileNotFoundError, ValueError or
+    ConnectionError that says what was looked for.
     """
     if corpus == DOCSTRINGS:
         return iter(docstrings())
@@ -114,10 +116,8 @@ def documents(corpus: str, split: str = "train", column: str = "text") -> Iterat
     if path.is_dir():
         files = [file for file in _files(path) if file.suffix in SUFFIXES]
         if not files:
-            raise ValueError(f"the corpus folder {corpus!r} holds no file that ends in "
-                             f"{', '.join(SUFFIXES)}")
+            raise ValueError(f"the folder {corpus!r} holds no file that ends in {ENDINGS}")
         of_split = [file for file in files if file.name.startswith((f"{split}-", f"{split}."))]
-        # In the hub's layout a file's name starts with its split.
         return chain.from_iterable(_from_file(file, column) for file in of_split or files)
     if path.suffix in SUFFIXES or corpus.startswith((".", "/", "~")):
         raise FileNotFoundError(f"there is no corpus file or folder {corpus!r}")
@@ -126,32 +126,30 @@ def documents(corpus: str, split: str = "train", column: str = "text") -> Iterat
 
 def _files(path: Path) -> list[Path]:
     """The files of a folder, in order; a file itself; none for what is not there."""
-    files = sorted(path.rglob("*")) if path.is_dir() else [path]
-    return [file for file in files if file.is_file()]
+    return [file for file in (path, *sorted(path.rglob("*"))) if file.is_file()]
 
 
 def _from_hub(corpus: str, split: str) -> Iterator[dict]:
-    """The rows of a streamed dataset. Where the network fails: wait, reopen, skip the rows given."""
+    """The rows of a streamed dataset. If the network fails: wait, reopen, skip the rows given."""
     name, _, configuration = corpus.partition(":")
     given, waits = 0, iter(RETRY_AFTER_S)
     while True:
         try:
             stream = datasets.load_dataset(name, configuration or None, split=split, streaming=True)
             for row in islice(stream, given, None):
-                given, waits = given + 1, iter(RETRY_AFTER_S)  # a row: all tries are open again
+                given, waits = given + 1, iter(RETRY_AFTER_S)  # all tries are open again
                 yield row
             return
         except Exception as error:  # the hub client raises dozens of types
             said = f"{type(error).__name__}: {error}"
             if not _passes(error):
                 done = f"read after {given} rows" if given else "opened"
-                raise ValueError(
-                    f"the corpus {corpus!r} is no local file and could not be {done} on the "
-                    f"Hugging Face hub ({said}): check name and network, {INSTEAD}") from error
+                raise ValueError(f"{corpus!r} is no local file and could not be {done} on the "
+                                 f"Hugging Face hub ({said}): {INSTEAD}") from error
             if (wait := next(waits, None)) is None:
                 raise ConnectionError(
-                    f"the Hugging Face hub failed {len(RETRY_AFTER_S) + 1} times in a row to give "
-                    f"row {given} of {corpus!r} ({said}): try again later, {INSTEAD}") from error
+                    f"the Hugging Face hub failed {len(RETRY_AFTER_S) + 1} times in a row at "
+                    f"row {given} of {corpus!r} ({said}): wait, {INSTEAD}") from error
             tqdm.write(f"the Hugging Face hub failed at row {given} of {corpus!r} ({said}): trying "
                        f"again in {wait:g} s", file=sys.stderr)
         time.sleep(wait)
@@ -173,7 +171,7 @@ def _passes(error: BaseException | None) -> bool:
 
 def _from_file(file: Path, column: str) -> Iterator[str]:
     if (kind := SUFFIXES.get(file.suffix)) is None:
-        raise ValueError(f"the corpus file {file} ends in none of {', '.join(SUFFIXES)}")
+        raise ValueError(f"the corpus file {file} ends in none of {ENDINGS}")
     if kind == "text":
         yield from _paragraphs(file.read_text(encoding="utf-8", errors="replace"))
     elif file.stat().st_size:
@@ -185,7 +183,7 @@ def _rows(file: Path, kind: str) -> Iterator[dict]:
         yield from datasets.load_dataset(kind, data_files=str(file), split="train", streaming=True)
     except Exception as error:  # the reader raises a dozen types for damage, some name no file
         raise ValueError(f"the corpus file {file} is damaged or no {kind} of one object a row "
-                         f"({type(error).__name__}: {error}): restore it, or write it so") from error
+                         f"({type(error).__name__}: {error}): restore or mend it") from error
 
 
 def _paragraphs(text: str, about: int = 2000) -> Iterator[str]:
@@ -211,8 +209,8 @@ def _texts(stream: Iterable[dict], corpus: str, column: str) -> Iterator[str]:
         if isinstance(text, str):
             yield text
         elif text is not None:
-            raise ValueError(f"column {column!r} of {corpus!r} holds a {type(text).__name__} where "
-                             f"a string was expected: choose `column` from {', '.join(row)}")
+            raise ValueError(f"column {column!r} of {corpus!r} holds a {type(text).__name__} "
+                             f"where a string was expected: choose `column` from {', '.join(row)}")
 
 
 def is_validation(document: str, share: float) -> bool:

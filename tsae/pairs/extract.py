@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable, Iterator
 import torch
 
 Pair = tuple[torch.Tensor, torch.Tensor]
-
 NO_POSITION = "the rows hold special tokens only: there is no position to train on"
 
 
@@ -14,9 +13,8 @@ def activations(rows: torch.Tensor, residuals: Callable, keep: Callable, batch_r
                 order: torch.Tensor | None = None) -> Iterator[Pair]:
     """Pairs x (m, d) float32, t (m,) of the positions that are kept, one pass at a time.
 
-    A pass takes `batch_rows` of the token rows (N, T), whose numbers are taken in `order`.
-    residuals(tokens (b, T)) -> (b, T, d); keep(tokens (b, T)) -> (b, T) bool.
-    Raises ValueError that names row, position and token where an activation is NaN or infinite.
+    A pass takes `batch_rows` of the token rows (N, T), in `order`. residuals(tokens (b, T)) ->
+    (b, T, d); keep(tokens (b, T)) -> (b, T) bool. ValueError for a NaN or infinite activation.
     """
     order = torch.arange(len(rows)) if order is None else order
     for which in order.split(batch_rows):
@@ -25,18 +23,17 @@ def activations(rows: torch.Tensor, residuals: Callable, keep: Callable, batch_r
         finite = torch.isfinite(x)
         if not finite.all():
             row, position = (~finite).any(-1).nonzero()[0].tolist()
-            raise ValueError(
-                f"the language model gives NaN or infinite activations at row {int(which[row])} of "
-                f"the tokens, position {position}, token id {int(tokens[row, position])}: load it "
-                "in float32, or leave that document out")
+            raise ValueError(f"NaN or infinite activations at row {int(which[row])} of the tokens, "
+                             f"position {position}, token id {int(tokens[row, position])}: load "
+                             "the language model in float32, or leave that document out")
         yield x[kept.to(x.device)], tokens[kept].to(x.device)
 
 
 class Moments:
-    """What the start of an SAE needs to know of pairs x (m, d), t (m,). No pair is kept.
+    """What the start of an SAE needs of pairs x (m, d), t (m,), which are added part by part.
 
-    `add` them part by part. `result` then gives mean (d,), scale (the rms entry of the centred x),
-    and for each token count (V,) and sum (V, d). Sums are float64, results float32, count int64.
+    mean (d,), scale (the rms entry of the centred x), and for each token count (V,) and sum (V, d).
+    Sums are float64, results float32, count int64. ValueError for no pair, NaN, foreign ids.
     """
 
     def __init__(self, vocabulary: int):
@@ -44,34 +41,26 @@ class Moments:
         self.count = self.sum = None
 
     def add(self, x: torch.Tensor, t: torch.Tensor) -> None:
-        """Raises ValueError for an id outside the vocabulary."""
         if self.sum is None:
-            V, d = self.vocabulary, x.shape[1]
-            self.count = torch.zeros(V, dtype=torch.long, device=x.device)
-            self.sum = torch.zeros(V, d, dtype=torch.float64, device=x.device)
+            self.count = torch.zeros(self.vocabulary, dtype=torch.long, device=x.device)
+            self.sum = x.new_zeros(self.vocabulary, x.shape[1], dtype=torch.float64)
         for a, tokens in zip(x.split(8192), t.split(8192)):  # a float64 copy of all would be large
-            if not len(tokens):
-                continue
             a, tokens = a.double(), tokens.to(x.device, torch.long)
-            if tokens.max() >= self.vocabulary:
-                raise ValueError(
-                    f"token id {int(tokens.max())} is outside the vocabulary of {self.vocabulary}: "
-                    "these activations belong to another language model")
+            if (tokens >= self.vocabulary).any():
+                raise ValueError(f"token id {int(tokens.max())} is outside the vocabulary of "
+                                 f"{self.vocabulary}: these activations are of another model")
             self.count += torch.bincount(tokens, minlength=self.vocabulary)
             self.sum.index_add_(0, tokens, a)
             self.squares += a.square().sum().item()
             self.seen += len(tokens)
 
     def result(self) -> dict[str, torch.Tensor]:
-        """Raises ValueError where there was no pair, or an activation was NaN or infinite."""
         if not self.seen:
             raise ValueError(NO_POSITION)
         if not math.isfinite(self.squares):
-            raise ValueError("NaN or infinite activations are among them: choose another layer, or "
-                             "load the model as float32")
+            raise ValueError("NaN or infinite activations: choose another layer, or load float32")
         mean = self.sum.sum(0) / self.seen
-        variance = (self.squares / self.seen - mean.square().sum()).div(len(mean)).clamp(min=0)
-        scale = variance.sqrt()
+        scale = (self.squares / self.seen - mean.square().sum()).div(len(mean)).clamp(min=0).sqrt()
         return dict(mean=mean.float(), scale=scale.float(), count=self.count, sum=self.sum.float())
 
 

@@ -1,13 +1,10 @@
-"""The order in which pairs (x, t) are trained on.
-
-Sources are endless. `state()` says where one is; after `restore(state)` it goes on bit for bit.
-"""
+"""Endless sources of pairs (x, t) to train on; after `restore(state())` they go on bit for bit."""
 
 import hashlib
 import math
 import struct
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
@@ -43,10 +40,7 @@ def _hashed(v: torch.Tensor) -> torch.Tensor:
 
 
 class _Source:
-    """An endless iterator of batches; rank r of `world` gets rows r::world of each.
-
-    `given` counts the batches handed out; `settings` are what the order depends on.
-    """
+    """An endless iterator of batches, `given` so far; rank r of `world` gets its rows r::world."""
 
     def __init__(self, batch: int, rank: int, world: int, **settings: int):
         if batch < 1 or world < 1 or batch % world or not 0 <= rank < world:
@@ -59,30 +53,25 @@ class _Source:
         return self
 
     def _check(self, state: dict) -> None:
-        lacking = sorted(self.state().keys() - state.keys())
-        if lacking:
-            raise ValueError(f"the state lacks {', '.join(lacking)}: it is not one of a "
-                             f"{type(self).__name__}")
+        if lacking := ", ".join(sorted(self.state().keys() - state.keys())):
+            raise ValueError(f"the state lacks {lacking}: it is not one of a {type(self).__name__}")
         for name, value in self.settings.items():
             if int(state[name]) != value:
-                raise ValueError(
-                    f"the state was saved with {name} {int(state[name])}, and this source has "
-                    f"{value}: restore it into a source of the same data and settings")
+                raise ValueError(f"the state was saved with {name} {int(state[name])}, and this "
+                                 f"source has {value}: use one of the same data and settings")
 
 
 class Shuffled(_Source):
     """Batches x (batch, d) float32, t (batch,) int64 of `pairs`, in a fresh permutation each epoch.
 
-    Batches are always full and run on from one epoch into the next. With `prefetch` a thread works
-    out the next batch while the last one is used: the order and `state` are the same.
+    Batches are full and run on into the next epoch. `prefetch`: a thread works out the next one.
     """
 
     def __init__(self, pairs: Store | Memory, batch: int, seed: int, prefetch: bool = False,
                  rank: int = 0, world: int = 1):
         super().__init__(batch, rank, world, seed=seed, pairs=len(pairs))
         self.pairs, self.seed = pairs, seed
-        self._thread = ThreadPoolExecutor(1) if prefetch else None
-        self._ahead: Future | None = None
+        self._thread, self._ahead = ThreadPoolExecutor(1) if prefetch else None, None
 
     def __next__(self) -> Pair:
         ahead, self._ahead = self._ahead, None
@@ -113,10 +102,9 @@ class Shuffled(_Source):
 class Streamed(_Source):
     """Batches x (batch, d) float32, t (batch,) int64 from the language model, over bounded memory.
 
-    Rows (N, T) are visited in a fresh permutation each epoch. A buffer of `buffer` pairs mixes
-    their positions; half of it is replaced at a time. Its x is of `dtype`: bfloat16 takes half the
-    memory and rounds to 3 digits, as a Store does. Every rank runs the language model on all rows.
-    residuals, keep: see `activations`. Raises ValueError for an epoch without a position.
+    Rows (N, T) are visited in a fresh permutation each epoch. `buffer` pairs are mixed, and half of
+    them replaced at a time; their x is of `dtype`: bfloat16 rounds to 3 digits, as a Store does.
+    Every rank runs the language model on all rows. residuals, keep: see `activations`.
     """
 
     def __init__(self, rows: torch.Tensor, residuals: Callable, keep: Callable, batch: int,
@@ -151,25 +139,27 @@ class Streamed(_Source):
         return self.x[mine].float(), self.t[mine].long()
 
     def _fill(self) -> None:
-        """One pass or more, until the buffer is full; then it is mixed."""
+        """Passes over the next rows, one or more until the buffer is full; then it is mixed."""
         parts, size = [(self.x, self.t)], len(self.t)
         while len(parts) == 1 or size < max(self.settings["buffer"], 2 * self.batch):
-            parts.append(self._pass())
-            size += len(parts[-1][1])
-        self.x, self.t = _joined(parts, torch.randperm(size, generator=self.generator))
+            if self.row == len(self.order):
+                if not self.positions:
+                    raise ValueError(NO_POSITION)
+                self._new_epoch()
+            which = self.order[self.row:self.row + self.settings["batch_rows"]]
+            x, t = next(activations(self.rows, self.residuals, self.keep, len(which), which))
+            x, size = x.to(self.dtype), size + len(t)
+            parts.append((x, t))
+            self.row += len(which)
+            self.positions += len(t)
+        self.x, self.t = x.new_empty(size, x.shape[1]), t.new_empty(size)
+        # part by part to its places, as torch.cat(parts)[order] would cost a copy
+        places = torch.randperm(size, generator=self.generator).argsort().to(x.device)
+        for (x, t), place in zip(parts, places.split([len(t) for _, t in parts])):
+            if len(t):  # an empty buffer has no width yet
+                self.x[place] = x.to(self.x.device)
+                self.t[place] = t.to(self.t.device)
         self.ready = size // 2 // self.batch * self.batch
-
-    def _pass(self) -> Pair:
-        """The pairs of the next rows."""
-        if self.row == len(self.order):
-            if not self.positions:
-                raise ValueError(NO_POSITION)
-            self._new_epoch()
-        which = self.order[self.row:self.row + self.settings["batch_rows"]]
-        x, t = next(activations(self.rows, self.residuals, self.keep, len(which), which))
-        self.row += len(which)
-        self.positions += len(t)
-        return x.to(self.dtype), t
 
     def state(self) -> dict[str, int | torch.Tensor]:
         """All that the next batches depend on, the buffer too. It is the same on all ranks."""
@@ -181,24 +171,9 @@ class Streamed(_Source):
         """Go on as after `state`, without a pass. Raises ValueError for one of other settings."""
         self._check(state)
         if state["x"].dtype != self.dtype:
-            raise ValueError(
-                f"the state was saved with a buffer of {state['x'].dtype}, and this source has "
-                f"{self.dtype}: restore it into a source of the same settings")
+            raise ValueError(f"the state was saved with a buffer of {state['x'].dtype}, and this "
+                             f"source has {self.dtype}: use one of the same settings")
         self.generator.set_state(state["generator"].cpu())
-        self.order, self.x, self.t = state["order"].cpu(), state["x"], state["t"]
+        self.order, self.x, self.t, self.used = state["order"].cpu(), state["x"], state["t"], 0
         self.given, self.row, self.positions, self.ready = (
             int(state[name]) for name in ("given", "row", "positions", "ready"))
-        self.used = 0
-
-
-def _joined(parts: list[Pair], order: torch.Tensor) -> Pair:
-    """cat(parts)[order] without the cat: scattering each part to its places saves a copy."""
-    places = torch.empty_like(order)
-    places[order] = torch.arange(len(order))
-    x, t = parts[-1]
-    x, t, places = x.new_empty(len(order), x.shape[1]), t.new_empty(len(order)), places.to(x.device)
-    for (part_x, part_t), place in zip(parts, places.split([len(t) for _, t in parts])):
-        if len(part_t):  # an empty buffer has no width yet
-            x[place] = part_x.to(x.device)
-            t[place] = part_t.to(x.device)
-    return x, t

@@ -28,8 +28,7 @@ try:
 except ImportError:  # not a POSIX system: there two processes must not make one store at once
     fcntl = None
 
-# The version makes a store on disk old. Raise it by hand whenever the same rows and callables would
-# give other bytes or another layout: the golden-digest test in tests/test_shards.py guards it.
+# Raise the version by hand whenever the same rows give other bytes: a golden-digest test guards it.
 FORMAT, VERSION = "tsae-activations", 1
 HEAD = dict(d_model=int, dtype=str, identity=dict, made_of=dict, shards=list, complete=bool)
 SHARD = dict(name=str, first_row=int, last_row=int, tokens=int, sha256_x=str, sha256_t=str)
@@ -60,8 +59,7 @@ class Memory(_Parts):
 
     def __init__(self, x: torch.Tensor, t: torch.Tensor):
         if len(x) != len(t) or not len(t):
-            raise ValueError(f"{len(x)} activations and {len(t)} tokens were given: expected as "
-                             "many of both, and some")
+            raise ValueError(f"got {len(x)} x and {len(t)} t: expected as many of both, and some")
         super().__init__([(x, t)])
 
     def gather(self, index: torch.Tensor) -> Pair:
@@ -72,14 +70,16 @@ class Memory(_Parts):
 
 
 class Store(_Parts):
-    """Pairs on disk. `make` writes a store or goes on with it, `open` reads a complete one.
-
-    Shards are mapped into memory, not read: what the system caches of them it can take back.
-    """
+    """Pairs on disk. `make` writes a store or goes on with it, `open` reads a complete one."""
 
     def __init__(self, folder: Path, manifest: dict):
-        self.identity, d = manifest["identity"], manifest["d_model"]
-        super().__init__([_mapped(folder, shard, d) for shard in manifest["shards"]])
+        self.identity, d, parts = manifest["identity"], manifest["d_model"], []
+        for shard in manifest["shards"]:  # mapped by torch, which unlike numpy keeps no file open
+            path, m = folder / shard["name"], shard["tokens"]
+            x = torch.from_file(f"{path}.x", shared=False, size=m * d, dtype=torch.bfloat16)
+            t = torch.from_file(f"{path}.t", shared=False, size=m, dtype=torch.int32)
+            parts.append((x.view(m, d), t))
+        super().__init__(parts)
 
     @classmethod
     def open(cls, folder: str | Path, checksums: bool = False) -> "Store":
@@ -87,12 +87,10 @@ class Store(_Parts):
         folder = Path(folder)
         manifest = _manifest(folder)
         if not manifest["complete"]:
-            raise ValueError(
-                f"the store {folder} is not complete, it has {len(manifest['shards'])} shards so "
-                "far: run Store.make with the same arguments to go on")
+            raise ValueError(f"the store {folder} is not complete, it has {len(manifest['shards'])}"
+                             " shards so far: run Store.make with the same arguments to go on")
         if faults := _faults(folder, manifest, checksums):
-            raise ValueError(f"{'; '.join(faults.values())}: run Store.make with the same "
-                             "arguments, which mends it")
+            raise ValueError(f"{'; '.join(faults.values())}: the same Store.make mends it")
         return cls(folder, manifest)
 
     @classmethod
@@ -103,14 +101,11 @@ class Store(_Parts):
 
         A shard ends with the pass that brings it to `shard_tokens` pairs. A store that is there
         must be of the same arguments and `identity` (what names the data: language model, layer).
-        Missing shards are made, damaged ones made again, byte for byte. Sizes are always compared,
-        checksums where the store has at most `verify_gb`. One process writes, others wait.
-        Raises ValueError for another identity or a size over `max_gb` or the free space, OSError
-        for a disk that is full or may not be written. Whole shards stay.
+        Missing and damaged shards are made, byte for byte; checksums are compared up to
+        `verify_gb`. One process writes, others wait. A size over `max_gb` or a full disk raises.
         """
         if min(shard_tokens, batch_rows) < 1 or tokens < 0:
-            raise ValueError(f"got {shard_tokens=}, {batch_rows=}, {tokens=}: the first two must "
-                             "be positive")
+            raise ValueError(f"{shard_tokens=}, {batch_rows=} must be positive, {tokens=} at least 0")
         folder = Path(folder)
         digest = hashlib.sha256(rows.cpu().to(torch.int32).contiguous().numpy()).hexdigest()
         made_of = dict(rows=digest, shape=list(rows.shape), tokens=tokens,
@@ -125,20 +120,16 @@ class Store(_Parts):
         manifest = _begun(folder, wanted, plan)
         if not manifest["complete"] or _faults(folder, manifest, checksums):
             _check_room(folder, plan, d_model, size, max_gb)
-            with _disk_errors_explained(folder), _locked(folder):
+            with _writing(folder):
                 manifest = _begun(folder, wanted, plan)  # another process may have written since
                 _write_missing(folder, manifest, plan, source, checksums)
         return cls.open(folder)
 
     def gather(self, index: torch.Tensor) -> Pair:
-        """The pairs at index (b,) int64: x (b, d) float32, t (b,) int64.
-
-        Sorted first, so that neighbours on disk are read one after the other. Raises IndexError.
-        """
+        """The pairs at index (b,) int64: x (b, d) float32, t (b,) int64. Raises IndexError."""
         if len(index) and not 0 <= index.min() <= index.max() < len(self):
-            raise IndexError(f"the store has pairs 0 to {len(self) - 1}, got {int(index.min())} to "
-                             f"{int(index.max())}")
-        index, order = index.cpu().sort()
+            raise IndexError(f"only pairs 0 to {len(self) - 1}, got {index.min()} to {index.max()}")
+        index, order = index.cpu().sort()  # so that neighbours on disk are read one after the other
         x = torch.empty(len(index), self.d_model, dtype=torch.bfloat16)
         t = torch.empty(len(index), dtype=torch.int32)
         ends, cuts = self.ends.tolist(), torch.searchsorted(index, self.ends).tolist()
@@ -147,18 +138,8 @@ class Store(_Parts):
                 local = index[low:high] - first
                 torch.index_select(part_x, 0, local, out=x[low:high])
                 torch.index_select(part_t, 0, local, out=t[low:high])
-        back = torch.empty_like(order)
-        back[order] = torch.arange(len(order))
+        back = order.argsort()
         return x[back].float(), t[back].long()
-
-
-def _mapped(folder: Path, shard: dict, d_model: int) -> Pair:
-    """The tensors of a shard, whose pages are read when they are used."""
-    path, m = folder / shard["name"], shard["tokens"]
-    # torch's maps, unlike numpy's, keep no file open: there may be many
-    x = torch.from_file(f"{path}.x", shared=False, size=m * d_model, dtype=torch.bfloat16)
-    t = torch.from_file(f"{path}.t", shared=False, size=m, dtype=torch.int32)
-    return x.view(m, d_model), t
 
 
 def _files(folder: Path, shard: dict, d_model: int) -> list[tuple[Path, int, str | None]]:
@@ -190,8 +171,7 @@ def _manifest(folder: Path) -> dict:
     """The manifest of a store, every value of its type and no shard's name a path."""
     path = folder / "manifest.json"
     if not path.is_file():
-        raise FileNotFoundError(f"there is no store of activations in {folder}: make one with "
-                                "Store.make")
+        raise FileNotFoundError(f"no store of activations in {folder}: make one with Store.make")
     manifest = store.read_json(path)
     name, version = manifest.get("format"), manifest.get("version")
     if (name, version) != (FORMAT, VERSION):
@@ -213,8 +193,7 @@ def _manifest(folder: Path) -> dict:
 
 def _check_types(path: Path, values: object, types: dict[str, type]) -> None:
     values = values if isinstance(values, dict) else {}
-    wrong = [name for name, kind in types.items() if type(values.get(name)) is not kind]
-    if wrong:
+    if wrong := [name for name, kind in types.items() if type(values.get(name)) is not kind]:
         raise ValueError(f"{path} is damaged at {', '.join(wrong)}: restore it, or delete the "
                          "store and make it again")
 
@@ -257,18 +236,14 @@ def _check_room(folder: Path, plan: list[dict], d_model: int, size: int, max_gb:
     """Raises ValueError if the store exceeds `max_gb`, or what it lacks exceeds the free space."""
     says = f"the store {folder} takes {size / 1e9:.3g} GB ({d_model} x 2 + 4 bytes a token)"
     if size > max_gb * 1e9:
-        raise ValueError(f"{says}, more than `max_gb` = {max_gb:g}: raise it, or ask for fewer "
-                         "`tokens`")
-    files = [file for shard in plan for file in _files(folder, shard, d_model)]
-    lacking = sum(size for path, size, _ in files
+        raise ValueError(f"{says}, over `max_gb` = {max_gb:g}: raise it, or ask for fewer `tokens`")
+    lacking = sum(size for shard in plan for path, size, _ in _files(folder, shard, d_model)
                   if not path.is_file() or path.stat().st_size != size)
-    folder = folder.absolute()
-    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    existing = next(path for path in (folder / "manifest.json").absolute().parents if path.exists())
     free = shutil.disk_usage(existing).free
     if lacking > free:
         raise ValueError(f"{says}, {lacking / 1e9:.3g} GB of it still to write, and the disk has "
-                         f"{free / 1e9:.3g} GB free: make room, choose another folder, or ask for "
-                         "fewer `tokens`")
+                         f"{free / 1e9:.3g} GB free: make room, move it, or take fewer `tokens`")
 
 
 def _write_missing(folder: Path, manifest: dict, plan: list[dict], source: Callable,
@@ -286,26 +261,21 @@ def _write_missing(folder: Path, manifest: dict, plan: list[dict], source: Calla
             continue
         pairs = source(torch.arange(planned["first_row"], planned["last_row"]))
         shard = _write_shard(folder, planned, pairs, manifest["d_model"], expected)
-        if not expected:
-            shards.append(shard)
+        shards[number:number + 1] = [shard]  # a new one, or the same again
         manifest["complete"] = len(shards) == len(plan)
         store.write_json(folder / "manifest.json", manifest)
 
 
 def _write_shard(folder: Path, planned: dict, pairs: Iterator[Pair], d_model: int,
                  expected: dict | None) -> dict:
-    """Writes the files of a shard, first under temporary names; returns its entry in the manifest.
-
-    The entry is the plan's with checksums. If it is not the `expected` one, the old files stay.
-    """
+    """Writes a shard's files, unless they are not the `expected`; returns its manifest entry."""
     left, sums = planned["tokens"], dict(x=hashlib.sha256(), t=hashlib.sha256())
     (x_path, _, _), (t_path, _, _) = _files(folder, planned, d_model)
     with (store.replacing(x_path) as x_temporary, store.replacing(t_path) as t_temporary,
           open(x_temporary, "wb") as x_file, open(t_temporary, "wb") as t_file):
         for x, t in pairs:
             if x.shape[1] != d_model:
-                raise ValueError(f"the language model gives activations of width {x.shape[1]}, "
-                                 f"d_model is {d_model}")
+                raise ValueError(f"the model gives width {x.shape[1]}, d_model is {d_model}")
             raw_x = x[:left].bfloat16().cpu().view(torch.int16).numpy().astype("<i2", copy=False)
             raw_t = t[:left].cpu().numpy().astype("<i4", copy=False)
             for raw, file, checksum in ((raw_x, x_file, sums["x"]), (raw_t, t_file, sums["t"])):
@@ -314,36 +284,26 @@ def _write_shard(folder: Path, planned: dict, pairs: Iterator[Pair], d_model: in
             left -= len(raw_t)
         shard = planned | {f"sha256_{kind}": value.hexdigest() for kind, value in sums.items()}
         if left or (expected and shard != expected):
-            raise ValueError(
-                f"shard {shard['name']} of {folder}, made again, is not what it was: the model, "
-                "the machine or a library has changed; restore it from a copy, or make the whole "
-                "store again")
+            raise ValueError(f"shard {shard['name']} of {folder}, made again, is not what it was: "
+                             "model, machine or library changed; restore a copy or make all again")
     return shard
 
 
 @contextmanager
-def _disk_errors_explained(folder: Path) -> Iterator[None]:
-    """Says in a sentence what a full disk or a read-only folder means for the store."""
+def _writing(folder: Path) -> Iterator[None]:
+    """Only this process writes the store: others wait. A disk that refuses gets a sentence."""
     try:
-        yield
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(folder / ".lock", "w") as file:
+            if fcntl:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    tqdm.write(f"{folder}: waiting for another process to write", file=sys.stderr)
+                    fcntl.flock(file, fcntl.LOCK_EX)
+            yield
     except OSError as error:
         if error.errno not in REASONS:
             raise
-        raise OSError(
-            f"the store {folder} could not be written, {REASONS[error.errno]}. All whole shards "
-            f"stay, and the same Store.make goes on from there ({error})") from error
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Inside, no other process writes this store: it waits here until this one is done or dead."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "w") as file:
-        if fcntl:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                tqdm.write(f"another process is writing the store {folder}: waiting for it",
-                           file=sys.stderr)
-                fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+        raise OSError(f"the store {folder} could not be written, {REASONS[error.errno]}. Whole "
+                      f"shards stay, the same Store.make goes on from there ({error})") from error

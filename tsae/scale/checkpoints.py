@@ -26,8 +26,7 @@ State = dict  # nested dicts of tensors, numbers, strings and lists
 
 
 def save(folder: Path, step: int, state: State) -> None:
-    """Write `state` to folder/<step>, synced and renamed into place; then drop all but the newest
-    two.
+    """Write `state` to folder/<step>, synced and renamed into place; then keep the newest two.
 
     Raises OSError with a sentence when the disk is full or read-only: earlier checkpoints stay.
     """
@@ -63,13 +62,11 @@ def _remove_abandoned(folder: Path) -> None:
                 shutil.rmtree(leftover, ignore_errors=True)
 
 
-def newest(folder: Path) -> State | None:
-    """The state of the newest whole checkpoint, or None; a damaged one is named on stderr."""
-    return last(folder)[1]
-
-
 def last(folder: Path, upto: float = math.inf) -> tuple[int, State | None]:
-    """Step and state of the newest whole checkpoint up to step `upto`, or -1 and None."""
+    """Step and state of the newest whole checkpoint up to `upto`, or -1 and None.
+
+    A damaged one is named on stderr.
+    """
     for place in (place for place in reversed(_steps(folder)) if int(place.name) <= upto):
         try:
             return int(place.name), _read(place)
@@ -110,8 +107,7 @@ def _taken_apart(state: State, seen: set[int],
                  name: str = "") -> tuple[dict[str, torch.Tensor], State]:
     """The tensors by their dotted names, and the rest with their names in place of them.
 
-    Only what shares memory with a tensor before it (in `seen`) is copied: safetensors writes no
-    shared memory.
+    Only what shares memory with a tensor before it (in `seen`) is copied: safetensors must not.
     """
     tensors, plain = {}, {}
     for key, value in state.items():

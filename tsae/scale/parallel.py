@@ -18,6 +18,7 @@ from tsae.kernels import largest
 from tsae.scale import checkpoints
 
 BUCKET = 16 << 20  # gradients sent at once, in entries: few messages, no copy of all of them
+NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # torchrun sets them
 MEET = timedelta(minutes=5)  # all ranks are taken to be started within so long
 WAIT = timedelta(hours=24)  # rank 0 may make a store for so long; a dead rank shows at once
 
@@ -72,8 +73,7 @@ def start(device: str = "auto") -> Iterator[str]:
 
 def _launched() -> bool:
     """Whether torchrun started this process. Raises ValueError where its environment has gaps."""
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-    missing = [name for name in names if name not in os.environ]
+    missing = [name for name in NAMES if name not in os.environ]
     if missing and ("RANK" in os.environ or "WORLD_SIZE" in os.environ):
         raise ValueError(f"the environment names a rank but not {', '.join(missing)}: start the "
                          "command with torchrun")
@@ -92,14 +92,12 @@ def _own_gpu() -> str:
 
 def _meet(backend: str) -> None:
     """Join the process group; raises ConnectionError when not all ranks do."""
-    # The first optimiser imports this. If a group exists by then, it lives to the end, where gloo's
-    # threads abort.
+    # The first optimiser imports this; after the group is made, gloo would abort at the end.
     importlib.import_module("torch._dynamo")
     try:
         dist.init_process_group(backend, timeout=MEET)
     except RuntimeError as error:
-        own, every, host, port = (os.environ[name] for name in
-                                  ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
+        own, every, _, host, port = (os.environ[name] for name in NAMES)
         raise ConnectionError(
             f"rank {own} did not meet all {every} ranks at {host}:{port} within {MEET} ({error}): "
             "see what the others say, and start all of them again") from None

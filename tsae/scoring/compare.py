@@ -1,11 +1,8 @@
 """Two kinds of SAE over all of their features, in views that can disagree, with intervals.
 
-A cell is one SAE: its features, one a row of the scores, told by kind, setting (such as k) and
-seed. A side is what a view says of one kind: mean scores (draws + 1, seeds, measures), first of the
-features as they are, then of features drawn with replacement.
+A cell is one SAE: kind, setting (such as k), seed. A side is a view of one kind: mean scores
+(draws + 1, seeds, measures), first of the features as they are, then drawn with replacement.
 """
-
-from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
@@ -13,24 +10,6 @@ from scipy import stats
 
 VIEWS = ("overall", "within frequency bins", "at equal L0", "at equal nmse")
 View = tuple[str, list[np.ndarray]]  # over what, and the two sides
-
-
-@dataclass(frozen=True)
-class Cells:
-    """The features of each (kind, setting, seed), and how their means are taken."""
-
-    features: dict[tuple, pd.DataFrame]
-    kinds: list
-    settings: list
-    seeds: list
-    measures: list[str]
-    draws: int
-    random: np.random.Generator
-
-    def means(self, kind, setting, edges=()) -> np.ndarray:
-        """Mean scores (draws + 1, seeds, bins, measures); edges part bins of log10 frequency."""
-        return np.stack([_resampled(self.features[kind, setting, seed], self.measures, edges,
-                                    self.draws, self.random) for seed in self.seeds], 1)
 
 
 def compare(scores: pd.DataFrame, measures: list[str], by: str = "table", setting: str = "k",
@@ -46,107 +25,91 @@ def compare(scores: pd.DataFrame, measures: list[str], by: str = "table", settin
     - at equal L0, at equal nmse: mean scores interpolated along each kind's settings in log L0 or
       log nmse, averaged over the stretch that all SAEs' fronts cover.
     Intervals are Student's t over the differences of the seeds, which saw the same batches. Their
-    variance is that between seeds, or that of a bootstrap (`draws`) over the features of each SAE,
-    whichever is larger.
+    variance is that between seeds, or of a bootstrap (`draws`) over each SAE's features if larger.
 
-    Columns: measure, view, a column a kind, difference, low, high, says, over (what is covered),
-    and verdict, one for all views of a measure. nan and "not comparable" where there are fewer than
-    two seeds or nothing in common. Raises ValueError unless two kinds share seeds.
+    Columns: measure, view, one a kind, difference, low, high, says, over (what is covered), verdict
+    (of all views of a measure). nan and "not comparable" where there are fewer than two seeds or
+    nothing in common. Raises ValueError unless two kinds share seeds.
     """
     scores = scores.assign(**{setting: 0}) if setting not in scores else scores
-    cells = _cells(scores, measures, by, setting, draws, seed)
-    settings = cells.settings
-    at = settings[(len(settings) - 1) // 2] if at is None else at
-    if not cells.seeds or at not in settings:
+    cells = Cells(scores, measures, by, setting, draws, seed)
+    at = cells.settings[(len(cells.settings) - 1) // 2] if at is None else at
+    if not cells.seeds or at not in cells.settings:
         raise ValueError(f"no seed has SAEs of both kinds at every {setting}, or none at {at}: "
-                         f"it takes {settings}")
+                         f"it takes {cells.settings}")
     logs = np.log10(scores.loc[scores[setting] == at, "frequency"])
     edges = np.linspace(logs.min(), logs.max(), bins + 1)[1:-1]
-    means = {(kind, each): cells.means(kind, each)[:, :, 0]
-             for kind in cells.kinds for each in settings}
-    views = [(f"{setting} {at}", [means[kind, at] for kind in cells.kinds]),
-             _within_bins(cells, at, edges, least),
-             _at_equal(cells, means, "l0"), _at_equal(cells, means, "nmse")]
+    fronts = [np.stack([cells.means(kind, each)[:, :, 0] for each in cells.settings], 2)
+              for kind in cells.kinds]
+    views = [(f"{setting} {at}", [front[:, :, cells.settings.index(at)] for front in fronts]),
+             cells.within_bins(at, edges, least),
+             cells.at_equal("l0", fronts), cells.at_equal("nmse", fronts)]
     found = pd.concat([_view_rows(view, name, cells, level) for name, view in zip(VIEWS, views)])
-    order = found["measure"].map(measures.index).argsort(kind="stable")
-    found = found.iloc[order].reset_index(drop=True)
+    found = found.set_index("measure").loc[measures].reset_index()
     verdicts = {measure: _verdict(rows) for measure, rows in found.groupby("measure")}
     return found.assign(verdict=f"{cells.kinds[1]}: " + found["measure"].map(verdicts))
 
 
-def _cells(scores: pd.DataFrame, measures: list[str], by: str, setting: str, draws: int,
-           seed: int) -> Cells:
-    """The cells of the seeds that every kind and setting has."""
-    kinds = list(scores[by].drop_duplicates())
-    if len(kinds) != 2:
-        raise ValueError(f"a comparison needs two kinds of SAE in column {by!r}, got {kinds}")
-    seeds = set.intersection(*(set(part["seed"]) for _, part in scores.groupby([by, setting])))
-    features = {key: part for key, part in scores.groupby([by, setting, "seed"])}
-    return Cells(features, kinds, sorted(scores[setting].unique()), sorted(seeds), measures, draws,
-                 np.random.default_rng(seed))
+class Cells:
+    """The features of each (kind, setting, seed), and what two of the views say of them."""
 
+    def __init__(self, scores, measures, by, setting, draws, seed):
+        kinds, self.settings = list(scores[by].drop_duplicates()), sorted(scores[setting].unique())
+        if len(kinds) != 2:
+            raise ValueError(f"a comparison needs two kinds of SAE in column {by!r}, got {kinds}")
+        seeds = (set(part["seed"]) for _, part in scores.groupby([by, setting]))
+        self.kinds, self.seeds = kinds, sorted(set.intersection(*seeds))  # seeds that all have
+        self.features = dict(list(scores.groupby([by, setting, "seed"])))
+        self.measures, self.draws, self.random = measures, draws, np.random.default_rng(seed)
 
-def _within_bins(cells: Cells, at, edges: np.ndarray, least: int) -> View | None:
-    """Bin by bin, weighted by the features of both kinds; None where no bin is full enough."""
-    bins = len(edges) + 1
-    logs = [np.log10(cells.features[kind, at, seed]["frequency"])
-            for kind in cells.kinds for seed in cells.seeds]
-    counts = np.stack([np.bincount(np.digitize(each, edges), minlength=bins) for each in logs])
-    common = counts.min(0) >= least
-    if not common.any():
-        return None
-    weights = counts.sum(0)[common] / counts[:, common].sum()
-    sides = [np.einsum("dsbm,b->dsm", cells.means(kind, at, edges)[:, :, common], weights)
-             for kind in cells.kinds]
-    return f"{common.sum()} of {bins} bins", sides
+    def means(self, kind, setting, edges=()) -> np.ndarray:
+        """Mean scores (draws + 1, seeds, bins, measures); edges part bins of log10 frequency."""
+        means = []
+        for cell in (self.features[kind, setting, seed] for seed in self.seeds):
+            values, n = cell[self.measures].to_numpy(float), len(cell)
+            bins = np.eye(len(edges) + 1)[np.digitize(np.log10(cell["frequency"]), edges)]
+            known = np.isfinite(values)
+            summed = np.stack([np.where(known, values, 0), known])[:, :, None]  # and how many
+            summed = (bins[:, :, None] * summed).reshape(2, n, -1)
+            weights = self.random.multinomial(n, np.full(n, 1 / n), self.draws + 1).astype(float)
+            weights[0] = 1  # first the features as they are, then how often each was drawn
+            with np.errstate(invalid="ignore", divide="ignore"):
+                means.append((weights @ summed[0]) / (weights @ summed[1]))
+        return np.stack(means, 1).reshape(self.draws + 1, len(self.seeds), len(edges) + 1, -1)
 
+    def within_bins(self, at, edges: np.ndarray, least: int) -> View | None:
+        """Bin by bin, weighted by the features of both kinds; None where no bin is full enough."""
+        which = [np.digitize(np.log10(self.features[kind, at, seed]["frequency"]), edges)
+                 for kind in self.kinds for seed in self.seeds]
+        counts = np.stack([np.bincount(each, minlength=len(edges) + 1) for each in which])
+        common = counts.min(0) >= least
+        if not common.any():
+            return None
+        weights = counts.sum(0)[common] / counts[:, common].sum()
+        sides = [np.einsum("dsbm,b->dsm", self.means(kind, at, edges)[:, :, common], weights)
+                 for kind in self.kinds]
+        return f"{common.sum()} of {len(common)} bins", sides
 
-def _at_equal(cells: Cells, means: dict[tuple, np.ndarray], column: str,
-              points: int = 17) -> View | None:
-    """Averages over the stretch of log `column` that all fronts cover; None if there is none."""
-    if column not in next(iter(cells.features.values())) or len(cells.settings) < 2:
-        return None
-    logs = [np.log([[cells.features[kind, setting, seed][column].iloc[0]
-                     for setting in cells.settings] for seed in cells.seeds])
-            for kind in cells.kinds]  # each (seeds, settings)
-    low, high = max(x.min(1).max() for x in logs), min(x.max(1).min() for x in logs)
-    if not low < high:
-        return None
-    grid, sides = np.linspace(low, high, points), []
-    for kind, x in zip(cells.kinds, logs):
-        front = np.stack([means[kind, setting] for setting in cells.settings], 2)
-        weights = np.stack([_weights(grid, one) for one in x])
-        sides.append(np.einsum("st,dstm->dsm", weights, front))
-    return f"{column} {np.exp(low):.3g} to {np.exp(high):.3g}", sides
+    def at_equal(self, column: str, fronts: list[np.ndarray]) -> View | None:
+        """Means of fronts (draws + 1, seeds, settings, measures) where all cover log `column`."""
+        if column not in next(iter(self.features.values())) or len(self.settings) < 2:
+            return None
+        logs = [np.log([[self.features[kind, setting, seed][column].iloc[0]
+                         for setting in self.settings] for seed in self.seeds])
+                for kind in self.kinds]  # each (seeds, settings)
+        low, high = max(x.min(1).max() for x in logs), min(x.max(1).min() for x in logs)
+        if not low < high:
+            return None
+        grid = np.linspace(low, high, 17)
+        weights = [np.stack([_weights(grid, one) for one in x]) for x in logs]
+        sides = [np.einsum("st,dstm->dsm", *both) for both in zip(weights, fronts)]
+        return f"{column} {np.exp(low):.3g} to {np.exp(high):.3g}", sides
 
 
 def _weights(grid: np.ndarray, x: np.ndarray) -> np.ndarray:
-    """Weights (n,) with which values at x (n,) give the mean over `grid` of the line through them.
-
-    That mean is linear in the values, so a weight is the mean for a unit vector. It serves all
-    draws and measures at once.
-    """
-    order = np.argsort(x)
+    """Weights (n,) of values at x (n,) in the mean over `grid` of the line through them."""
+    order = np.argsort(x)  # the mean is linear in the values: a weight is that of a unit vector
     return np.stack([np.interp(grid, x[order], unit).mean() for unit in np.eye(len(x))[:, order]])
-
-
-def _resampled(cell: pd.DataFrame, measures: list[str], edges, draws: int,
-               random: np.random.Generator) -> np.ndarray:
-    """Means (draws + 1, bins, measures) of a cell: first as it is, then drawn with replacement.
-
-    How often each feature is drawn is a multinomial: one product of these weights gives all means.
-    """
-    values = cell[measures].to_numpy(float)
-    bins = np.eye(len(edges) + 1)[np.digitize(np.log10(cell["frequency"]), edges)]
-    known = np.isfinite(values)
-    summed = np.stack([np.where(known, values, 0), known])[:, :, None]  # values, and their number
-    summed = (bins[:, :, None] * summed).reshape(2, len(cell), -1)
-    even = np.full(len(cell), 1 / len(cell))
-    weights = random.multinomial(len(cell), even, size=draws + 1).astype(float)
-    weights[0] = 1
-    with np.errstate(invalid="ignore", divide="ignore"):
-        means = (weights @ summed[0]) / (weights @ summed[1])
-    return means.reshape(draws + 1, len(edges) + 1, len(measures))
 
 
 def _view_rows(view: View | None, name: str, cells: Cells, level: float) -> pd.DataFrame:

@@ -7,21 +7,17 @@ import numpy as np
 import pandas as pd
 import torch
 from scipy.sparse import csc_array
+from torch import Tensor
 from torch.nn.functional import cosine_similarity
 from tqdm import tqdm
 
 from tsae.codes import evenly, firings
-from tsae.lm import LM
 from tsae.sae import SAE
 from tsae.scoring.heldout import Text
 
 
-def cached_residuals(lm: LM, rows: torch.Tensor, layer: int,
-                     most_gb: float = 1.0) -> torch.Tensor | None:
-    """Residuals (N, T, d) float32 of token rows (N, T), for `effects` of several SAEs.
-
-    They lie in main memory. None where they would take more than `most_gb`.
-    """
+def cached_residuals(lm, rows: Tensor, layer: int, most_gb: float = 1.0) -> Tensor | None:
+    """Residuals (N, T, d) float32 of rows (N, T), in main memory; None if over `most_gb`."""
     if rows.numel() * lm.d_model * 4 > most_gb * 1e9:
         return None
     return torch.cat([lm.residuals(part, [layer])[layer].cpu() for part in rows.split(64)])
@@ -29,25 +25,19 @@ def cached_residuals(lm: LM, rows: torch.Tensor, layer: int,
 
 @dataclass(frozen=True)
 class Patching:
-    """Runs of a model with features of an SAE taken out or doubled; fields as in `effects`.
+    """Patched runs of a model in contexts, where `feature` has `code` at rows[row, column]."""
 
-    Contexts are rows of a table, one a firing: `feature` has `code` at rows[row, column].
-    """
-
-    lm: LM
+    lm: object  # a tsae.lm.LM; not imported here, as that loads nnsight
     sae: SAE
     layer: int
-    rows: torch.Tensor
-    before: int
-    residuals: torch.Tensor | None
+    rows: Tensor
+    before: int  # this and the residuals as in `effects`
+    residuals: Tensor | None
 
     def batches(self, contexts: pd.DataFrame, most: int) -> Iterator[tuple[pd.DataFrame, int]]:
-        """At most `most` contexts that run together, and the last column of their rows.
-
-        Rows of one batch have one length. Lengths are rounded up to multiples of 8, for fewer
-        batches: what comes after a position changes nothing there.
-        """
+        """At most `most` contexts whose rows have one length, and the last column of these rows."""
         most = max(1, min(most, 2**26 // (24 * self.lm.vocabulary)))  # logits: 8 columns x 3 copies
+        # Rounding up to a multiple of 8 makes fewer batches: later columns change nothing before.
         last = np.minimum(contexts["column"] // 8 * 8 + 7, self.rows.shape[1] - 1)
         if self.before:
             last = np.minimum(contexts["column"], self.before)
@@ -55,25 +45,19 @@ class Patching:
             for first in range(0, len(group), most):
                 yield group[first:first + most], end
 
-    def inputs(self, some: pd.DataFrame,
-               end: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Tokens (b, end + 1), their residuals (b, end + 1, d), and the column (b,) to patch."""
+    def outcomes(self, some: pd.DataFrame, end: int) -> tuple[Tensor, ...]:
+        """Log-probabilities of the next token, each (b, V): clean, ablated and boosted."""
         row, column = torch.tensor(some[["row", "column"]].to_numpy()).T
         columns = torch.arange(end + 1)[None]
-        if self.before:  # BOS, and the tokens up to the firing
+        if self.before:  # only BOS, and the tokens up to the firing
             columns = column[:, None] + columns - end
             columns[:, 0] = 0
             column = torch.full_like(column, end)
-        tokens = self.rows[row[:, None], columns]
+        tokens = self.rows[row[:, None], columns]  # (b, end + 1)
         if self.residuals is None or self.before:
             x = self.lm.residuals(tokens, [self.layer])[self.layer]
         else:
             x = self.residuals[row[:, None], columns].to(self.lm.device)
-        return tokens, x, column
-
-    def outcomes(self, some: pd.DataFrame, end: int) -> tuple[torch.Tensor, ...]:
-        """Log-probabilities of the next token, each (b, V): clean, ablated and boosted."""
-        tokens, x, column = self.inputs(some, end)
         code = torch.tensor(some["code"].to_numpy(), device=x.device)[:, None]
         direction = self.sae.W_dec[torch.tensor(some["feature"].to_numpy(), device=x.device)]
         step = code * direction * self.sae.scale
@@ -84,52 +68,45 @@ class Patching:
 
 
 @torch.no_grad()
-def effects(lm: LM, sae: SAE, layer: int, codes: csc_array, text: Text, rows: torch.Tensor,
+def effects(lm, sae: SAE, layer: int, codes: csc_array, text: Text, rows: Tensor,
             contexts: int = 2, before: int = 0, top: int = 8, batch: int = 128,
-            residuals: torch.Tensor | None = None) -> pd.DataFrame:
+            residuals: Tensor | None = None) -> pd.DataFrame:
     """How the next token's distribution changes when each live feature is ablated or boosted.
 
     Each feature is patched at `contexts` of its firings, evenly over the ranks of its codes (m, n).
-    Code x decoder row is subtracted from the residual of that one position at `layer`, or added to
-    it once more. The model reads the position's row up to there; with `before` > 0 only BOS and the
-    last `before` tokens, which is faster and loses what the feature reads further back. `rows`
-    (N, T) are the text's tokens, `residuals` theirs if they are at hand (not used with `before`).
+    Code x decoder row is subtracted from the residual of that one position at `layer`, or added
+    again. The model reads the row up to there; with `before` > 0 only BOS and the last `before`
+    tokens, which is faster and loses what the feature reads further back. `rows` (N, T) are the
+    text's tokens, `residuals` theirs if they are at hand (not used with `before`).
 
     Columns: feature, contexts; kl_ablate, kl_boost: KL(clean || patched) in nats, means over the
     contexts; promoted, suppressed: the `top` tokens whose probability differs most between boosted
     and ablated; direct_promoted, direct_suppressed: the same by direct logit attribution, decoder
     row x unembedding; direct_agreement: correlation over the vocabulary of that attribution with
-    the change in log-probability. It is noise where the kl is close to 0.
+    the change in log-probability, which is noise where the kl is close to 0.
     """
     patching, readers = Patching(lm, sae, layer, rows, before, residuals), unembedding(lm)
-    chosen = _contexts(codes, text, contexts)
-    live, parts = np.unique(chosen["feature"]), []
+    position, feature, code = firings(codes)
+    picked = evenly(codes, np.ones(codes.shape[0], bool), contexts)
+    picked = picked[np.argsort(feature[picked], kind="stable")]
+    position = position[picked]
+    chosen = pd.DataFrame(dict(row=text.row[position], column=text.column[position],
+                               feature=feature[picked], code=code[picked].astype(np.float32)))
+    live = np.unique(chosen["feature"])
     most = max(1, 2**25 // lm.vocabulary)  # features at once, for each of which there are V sums
-    for some in tqdm(np.split(live, range(most, len(live), most)), "effects", leave=False):
-        own = chosen[chosen["feature"].isin(some)]
-        parts.append(_effects_of(some, own, patching, readers, top, batch))
+    parts = [_effects_of(some, chosen[chosen["feature"].isin(some)], patching, readers, top, batch)
+             for some in tqdm(np.split(live, range(most, len(live), most)), "effects", leave=False)]
     return pd.concat(parts, ignore_index=True)
 
 
-def _contexts(codes: csc_array, text: Text, each: int) -> pd.DataFrame:
-    """Up to `each` firings of every feature, by feature: columns row, column, feature, code."""
-    position, feature, code = firings(codes)
-    picked = evenly(codes, np.ones(codes.shape[0], bool), each)
-    picked = picked[np.argsort(feature[picked], kind="stable")]
-    position = position[picked]
-    return pd.DataFrame(dict(row=text.row[position], column=text.column[position],
-                             feature=feature[picked], code=code[picked].astype(np.float32)))
-
-
 def _effects_of(live: np.ndarray, contexts: pd.DataFrame, patching: Patching,
-                readers: torch.Tensor, top: int, batch: int) -> pd.DataFrame:
+                readers: Tensor, top: int, batch: int) -> pd.DataFrame:
     """The rows of `effects` for the features `live` (f,), from all their contexts."""
-    lm, count = patching.lm, torch.zeros(len(live), dtype=torch.long)
+    lm, count = patching.lm, torch.tensor(contexts.groupby("feature").size().to_numpy())
     kl, (moved, log_moved) = torch.zeros(2, len(live)), torch.zeros(2, len(live), lm.vocabulary)
     for some, end in patching.batches(contexts, batch):
         clean, ablated, boosted = patching.outcomes(some, end)
         to = torch.from_numpy(np.searchsorted(live, some["feature"]))
-        count += torch.bincount(to, minlength=len(live))
         for total, patched in zip(kl, (ablated, boosted)):
             total.index_add_(0, to, (clean.exp() * (clean - patched)).sum(-1))
         moved.index_add_(0, to, boosted.exp() - ablated.exp())
@@ -143,14 +120,14 @@ def _effects_of(live: np.ndarray, contexts: pd.DataFrame, patching: Patching,
         direct_suppressed=_largest(-direct, top, lm), direct_agreement=agreement.numpy()))
 
 
-def _largest(change: torch.Tensor, top: int, lm: LM) -> list[str]:
+def _largest(change: Tensor, top: int, lm) -> list[str]:
     """The `top` tokens of the largest values in each row of (f, V), as text."""
     return [", ".join(repr(lm.tokenizer.decode([i])) for i in ids)
             for ids in change.topk(top, dim=-1).indices.tolist()]
 
 
 @torch.no_grad()
-def unembedding(lm: LM) -> torch.Tensor:
+def unembedding(lm) -> Tensor:
     """What each token's logit reads of the residual stream: (V, d) float32.
 
     The final norm's gain is multiplied in. The mean over tokens is taken out, as probabilities do
@@ -158,8 +135,7 @@ def unembedding(lm: LM) -> torch.Tensor:
     """
     readers = lm.model.get_output_embeddings().weight.float().cpu()
     inner = {id(module) for block in lm.blocks for module in block._module.modules()}
-    norms = [module for module in lm.model.modules()
-             if "Norm" in type(module).__name__ and id(module) not in inner]
+    norms = [m for m in lm.model.modules() if "Norm" in type(m).__name__ and id(m) not in inner]
     if norms:
         signs = torch.ones(lm.d_model).to(next(lm.model.parameters()))
         signs[::2] = -1.0  # mean 0 and rms 1: the norm gives gain x signs + bias

@@ -1,24 +1,22 @@
 """A language model as the judge of features, through any OpenAI-compatible endpoint.
 
-Text leaves this machine only where a `Judge` is made with a url and asked. The protocol is the
-detection of Paulo et al. 2024, after Bills et al. 2023: the judge explains a feature from contexts
-of the fit half, then tells held-out firings from silent positions by that explanation. Excerpts are
-quoted as JSON: to the judge they are data.
+Text leaves this machine only where a `Judge` is asked. The protocol is the detection of Paulo et
+al. 2024, after Bills et al. 2023: from excerpts of the fit half, quoted as JSON (to it they are
+data), the judge explains a feature, and by that tells held-out firings from silent positions.
 """
 
-import http.client
 import json
 import re
 import sys
 import time
-import urllib.error
-import urllib.request
 from dataclasses import dataclass
+from http.client import HTTPException, InvalidURL
+from urllib.error import HTTPError, URLError
+from urllib.request import Request, urlopen
 
 import numpy as np
 import pandas as pd
 from scipy.sparse import csc_array
-from scipy.stats import spearmanr
 from tqdm import tqdm
 
 from tsae.codes import evenly, firings
@@ -39,48 +37,39 @@ class Unread(ValueError):
 
 @dataclass(frozen=True)
 class Judge:
-    """A chat model at `url` (".../v1" or ".../v1/chat/completions"); `api_key` "" sends none.
+    """A chat model at an endpoint, asked over HTTP."""
 
-    A request is repeated after each of `waits_s` seconds if it takes over `timeout_s`, or if the
-    server is busy or fails.
-    """
-
-    url: str
+    url: str  # ".../v1" or ".../v1/chat/completions"
     model: str
-    api_key: str = ""
+    api_key: str = ""  # "" sends none
     timeout_s: float = 60.0
-    waits_s: tuple[float, ...] = (1.0, 4.0, 16.0)
+    waits_s: tuple[float, ...] = (1.0, 4.0, 16.0)  # before asking a slow or failing server again
 
     def __post_init__(self):
         if not self.url.startswith(("http://", "https://")):
-            raise ValueError(f"the judge's url is {self.url!r}: it must start with http:// or "
-                             "https://")
+            raise ValueError(f"the judge's url {self.url!r} must start with http:// or https://")
 
     def ask(self, prompt: str) -> str:
         """The model's answer. Raises ConnectionError or Unread with what the endpoint said."""
         url = self.url.rstrip("/").removesuffix("/chat/completions") + "/chat/completions"
         body = dict(model=self.model, temperature=0, messages=[dict(role="user", content=prompt)])
-        head = {"Content-Type": "application/json"}
-        if self.api_key:
-            head["Authorization"] = f"Bearer {self.api_key}"
-        request = urllib.request.Request(url, json.dumps(body).encode(), head)
+        key = {"Authorization": f"Bearer {self.api_key}"} if self.api_key else {}
+        head = {"Content-Type": "application/json"} | key
+        request = Request(url, json.dumps(body).encode(), head)
         for wait in (*self.waits_s, None):
             try:
-                with urllib.request.urlopen(request, timeout=self.timeout_s) as reply:
+                with urlopen(request, timeout=self.timeout_s) as reply:
                     return _content(reply.read(), url)
-            except urllib.error.HTTPError as error:
+            except HTTPError as error:
                 said = f"HTTP {error.code} {error.reason}"
                 passes = error.code in (408, 429) or error.code >= 500
-            except http.client.InvalidURL as error:
-                said, passes = str(error), False
-            except (urllib.error.URLError, http.client.HTTPException, TimeoutError,
-                    ConnectionError) as error:
-                said, passes = str(getattr(error, "reason", error)) or type(error).__name__, True
+            except (URLError, HTTPException, TimeoutError, ConnectionError) as error:
+                said = str(getattr(error, "reason", error)) or type(error).__name__
+                passes = not isinstance(error, InvalidURL)
             if not passes or wait is None:
                 tried = f" {len(self.waits_s) + 1} times" if passes else ""
-                raise ConnectionError(
-                    f"the judge at {url} failed{tried} ({said}): check the address, the model's "
-                    f"name {self.model!r} and the key, or leave the judge out")
+                raise ConnectionError(f"the judge at {url} failed{tried} ({said}): check the address,"
+                                      f" the model's name {self.model!r} and the key, or do without")
             time.sleep(wait)
 
     def explain(self, excerpts: list[str]) -> str:
@@ -103,7 +92,7 @@ def _content(reply: bytes, url: str) -> str:
     """The text of a chat completion."""
     try:
         content = json.loads(reply)["choices"][0]["message"]["content"]
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, IndexError, TypeError):
+    except (ValueError, LookupError, TypeError):
         content = None
     if not isinstance(content, str):
         raise Unread(f"{url} answered with something else than a chat completion: {reply[:200]!r}")
@@ -122,11 +111,11 @@ def judged(judge: Judge, codes: csc_array, text: Text, features: list[int], exam
            seed: int = 0) -> pd.DataFrame:
     """Features as a judge sees them: columns feature, judge_explanation, judge_detection.
 
-    The judge explains a feature from `examples` firings of the fit half, evenly over the ranks of
-    its codes. judge_detection is the balanced accuracy with which it then tells as many held-out
-    firings from as many random silent positions; nan where a half has no firing or an answer could
-    not be read. Judgements may have been paid for: once the judge has answered, a failure for good
-    ends the asking, and what there is is returned. stderr says so, and how much was not readable.
+    It explains a feature from `examples` firings of the fit half, evenly over the ranks of codes.
+    judge_detection is the balanced accuracy with which it then tells as many held-out firings from
+    random silent positions; nan where a half has no firing or an answer could not be read.
+    Judgements may have been paid for: if the judge fails for good once it has answered, no more is
+    asked, and what there is is returned. stderr says so, and how much was not readable.
     """
     position, firing, _ = firings(codes)
     shown, tested = evenly(codes, text.fit, examples), evenly(codes, ~text.fit, examples)
@@ -139,12 +128,13 @@ def judged(judge: Judge, codes: csc_array, text: Text, features: list[int], exam
         silent = np.setdiff1d(np.flatnonzero(~text.fit), position[firing == feature])
         if lost or not (len(known) and len(fired) and len(silent)):
             continue
-        places, true = _shuffled(fired, silent, random)
+        silent = random.choice(silent, min(len(fired), len(silent)), replace=False)
+        order = random.permutation(len(fired) + len(silent))
+        asked, true = np.r_[fired, silent][order], order < len(fired)
         try:
             row["judge_explanation"] = judge.explain([excerpt(text, i) for i in known])
             answered = True
-            said = judge.detect(row["judge_explanation"], [excerpt(text, i) for i in places])
-            right = said == true
+            right = judge.detect(row["judge_explanation"], [excerpt(text, i) for i in asked]) == true
             row["judge_detection"] = (right[true].mean() + right[~true].mean()) / 2
         except Unread as error:
             unread.append(str(error))
@@ -158,23 +148,3 @@ def judged(judge: Judge, codes: csc_array, text: Text, features: list[int], exam
     if lost:
         print(lost, file=sys.stderr)
     return pd.DataFrame(rows)
-
-
-def _shuffled(fired: np.ndarray, silent: np.ndarray, random) -> tuple[np.ndarray, np.ndarray]:
-    """Firings and as many drawn silent positions in random order; True where it is a firing."""
-    silent = random.choice(silent, min(len(fired), len(silent)), replace=False)
-    places = np.r_[fired, silent]
-    order = random.permutation(len(places))
-    return places[order], np.repeat([True, False], [len(fired), len(silent)])[order]
-
-
-def agreement(given: pd.DataFrame, scores: pd.DataFrame, score: str = "detection") -> float:
-    """Spearman's rank correlation over features of a judge's detection with a built-in score.
-
-    nan where either is constant or there are fewer than 3 features.
-    """
-    both = given.merge(scores[["feature", score]], on="feature")
-    pair = both[["judge_detection", score]].dropna().to_numpy()
-    if len(pair) < 3 or (np.ptp(pair, axis=0) == 0).any():
-        return float("nan")
-    return float(spearmanr(*pair.T).statistic)

@@ -3,16 +3,17 @@
 import numpy as np
 import pandas as pd
 import torch
+from torch import Tensor
 from torch.nn.functional import cosine_similarity, normalize
 
 from tsae.evaluate import squared_errors
 from tsae.sae import SAE
-from tsae.scoring.dictionary import nearest_rows
+from tsae.scoring.dictionary import nearest_other
 
 
 @torch.no_grad()
-def by_token(sae: SAE, unigrams: torch.Tensor, x: torch.Tensor, t: torch.Tensor,
-             count: np.ndarray | None = None, batch: int = 4096) -> pd.DataFrame:
+def by_token(sae: SAE, unigrams: Tensor, x: Tensor, t: Tensor, count: np.ndarray | None = None,
+             batch: int = 4096) -> pd.DataFrame:
     """The quality of the table, one row a token that occurs in the pairs x (m, d) raw, t (m,).
 
     Columns: token; count: how often it occurs, or its entry in `count` (V,), say of the training
@@ -20,39 +21,27 @@ def by_token(sae: SAE, unigrams: torch.Tensor, x: torch.Tensor, t: torch.Tensor,
     cosine and as ratio of norms; cosine_mean, ratio_mean: of what the table predicts alone (row +
     b_dec) to the token's mean activation here, the best that any table could predict; nmse_table,
     nmse: errors of the table alone and of the whole SAE; nearest_token, nearest_cosine: the most
-    similar row of another of these tokens. Raises ValueError for an SAE without a table.
+    similar row of another of these tokens. ValueError without a table, or for a single token.
     """
     if sae.lookup == "none":
         raise ValueError("this SAE has no lookup table whose quality could be told")
-    ids, which = torch.unique(t.cpu(), return_inverse=True)
-    seen = torch.bincount(which)
-    mean, errors = _token_means(sae, x, t, which, seen, batch)
-    rows = sae.W_lookup[ids.to(x.device)].cpu() * sae.scale
-    alone = sae.table_alone(ids.to(x.device)).cpu()
-    found = dict(token=ids.numpy(), count=(seen.numpy() if count is None
-                                           else np.asarray(count)[ids.numpy()]))
-    for name, ours, theirs in (("unigram", rows, unigrams.cpu()[ids]), ("mean", alone, mean)):
-        found[f"cosine_{name}"] = cosine_similarity(ours, theirs, dim=-1).numpy()
-        found[f"ratio_{name}"] = (ours.norm(dim=-1) / theirs.norm(dim=-1)).numpy()
-    found |= dict(nmse_table=errors[0].numpy(), nmse=errors[1].numpy())
-    unit = normalize(rows, dim=-1)
-    cosine, nearest = nearest_rows(unit, unit, 1)
-    return pd.DataFrame(found | dict(nearest_token=ids[nearest[:, 0]].numpy(),
-                                     nearest_cosine=cosine[:, 0].numpy()))
-
-
-def _token_means(sae: SAE, x: torch.Tensor, t: torch.Tensor, which: torch.Tensor,
-                 seen: torch.Tensor, batch: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Means over each token's pairs: activations (v, d), and errors (2, v) of table and SAE.
-
-    Pair i is of token which[i] (m,) of v; seen (v,) counts them.
-    """
-    mean, errors = torch.zeros(len(seen), sae.d_model), torch.zeros(2, len(seen))
+    ids, which, seen = torch.unique(t.cpu(), return_inverse=True, return_counts=True)
+    mean, errors = torch.zeros(len(ids), sae.d_model), torch.zeros(2, len(ids))
     for a, tokens, to in zip(x.split(batch), t.split(batch), which.split(batch)):
         mean.index_add_(0, to, a.float().cpu())
         for total, a_hat in zip(errors, (sae.table_alone(tokens), sae(a, tokens))):
             total.index_add_(0, to, squared_errors(a, a_hat).float().cpu())
-    return mean / seen.float().unsqueeze(-1), errors / seen.float()
+    mean, errors = mean / seen.float().unsqueeze(-1), errors / seen.float()
+    rows = sae.W_lookup[ids.to(x.device)].cpu() * sae.scale
+    alone = sae.table_alone(ids.to(x.device)).cpu()
+    counts = seen.numpy() if count is None else np.asarray(count)[ids.numpy()]
+    found = dict(token=ids.numpy(), count=counts)
+    for name, ours, theirs in (("unigram", rows, unigrams.cpu()[ids]), ("mean", alone, mean)):
+        found[f"cosine_{name}"] = cosine_similarity(ours, theirs, dim=-1).numpy()
+        found[f"ratio_{name}"] = (ours.norm(dim=-1) / theirs.norm(dim=-1)).numpy()
+    cosine, nearest = nearest_other(normalize(rows, dim=-1))
+    return pd.DataFrame(found | dict(nmse_table=errors[0].numpy(), nmse=errors[1].numpy(),
+                                     nearest_token=ids.numpy()[nearest], nearest_cosine=cosine))
 
 
 def by_count(quality: pd.DataFrame, base: float = 4.0) -> pd.DataFrame:

@@ -28,13 +28,19 @@ def token_statistics(codes: csc_array, text: Text, top: int = 20, seed: int = 0)
     random = np.random.default_rng(seed).integers(2**32, size=len(p), dtype=np.uint32)
     peak, drawn = (first_of_each(order, j, codes.indptr, top)
                    for order in (by_strength(codes), ordered_within(j, random)))
-    rate, alike, found = np.diff(codes.indptr) / m, np.ones(len(p)), {}
-    entropy, count = -_plogp(rate) - _plogp(1 - rate), _by_token(codes, token, alike)
+    pairs, shape = (j, token[p]), (n, len(tokens))
+    count = csr_array((np.ones(len(p)), pairs), shape=shape)  # firings by feature and token
+    fired = np.diff(codes.indptr)
+    rate, found = fired / m, {}
+    silences = np.repeat(np.maximum(m - fired, 1), np.diff(count.indptr))
+    silent = (np.bincount(token)[count.indices] - count.data) / silences  # P(token | silent)
+    entropy = -_plogp(rate) - _plogp(1 - rate)
+    ways = dict(peak=peak, drawn=drawn, firing=np.ones(len(p)), mass=v)
     with np.errstate(divide="ignore", invalid="ignore"):
-        for name, weight in dict(peak=peak, drawn=drawn, firing=alike, mass=v).items():
-            table = _by_token(codes, token, weight)
+        for name, weight in ways.items():
+            table = csr_array((weight, pairs), shape=shape)
             total = np.maximum(table.sum(axis=1), 1e-300)
-            bits = _information(table, count, np.bincount(token), rate)
+            bits = _information(table, silent, rate)
             table.eliminate_zeros()  # tokens whose firings have no weight
             effective = total**2 / np.maximum(np.bincount(j, weight**2, n), 1e-300)  # firings
             bias = rate * np.maximum(np.diff(table.indptr) - 1, 0) / (2 * np.log(2) * effective)
@@ -45,13 +51,6 @@ def token_statistics(codes: csc_array, text: Text, top: int = 20, seed: int = 0)
     return pd.DataFrame(found | dict(modal_token=tokens[table.argmax(axis=1)]))  # the last is mass
 
 
-def _by_token(codes: csc_array, token: np.ndarray, weight: np.ndarray) -> csr_array:
-    """Weights (nnz,) of firings summed by feature and token: (n, V), for tokens (m,) below V."""
-    position, feature, _ = firings(codes)
-    shape = codes.shape[1], token.max(initial=0) + 1
-    return csr_array((weight, (feature, token[position])), shape=shape)
-
-
 def effective_number(weights: csr_array) -> np.ndarray:
     """exp of the entropy of each row's weights: c if c columns share alike, 0 if none has any."""
     total, logs = weights.sum(axis=1), weights.copy()
@@ -60,21 +59,20 @@ def effective_number(weights: csr_array) -> np.ndarray:
         return np.where(total > 0, np.exp(np.log(total) - logs.sum(axis=1) / total), 0.0)
 
 
-def _information(table: csr_array, count: csr_array, size: np.ndarray,
-                 rate: np.ndarray) -> np.ndarray:
+def _information(table: csr_array, silent: np.ndarray, rate: np.ndarray) -> np.ndarray:
     """Mutual information (n,) in bits of the token and of firing, at the rate (n,).
 
-    Rows of table (n, V) give P(token | fires); count (n, V) and size (V,), how often the feature
-    fires at the token and how often that occurs, give P(token | silent). Both have entries where
-    there are firings only: each other token adds -P(token, silent) log P(silent), all in one term.
+    Rows of table (n, V) give P(token | fires), `silent` at the same entries P(token | silent). There
+    are entries only where there are firings. Each other token adds -P(token, silent) log P(silent):
+    the last term is all of these.
     """
-    n, m, feature = len(rate), size.sum(), np.repeat(np.arange(len(rate)), np.diff(table.indptr))
-    total, fired = np.maximum(table.sum(axis=1), 1e-300), count.sum(axis=1)
-    silent = (size[count.indices] - count.data) / np.maximum(m - fired, 1)[feature]
+    n, feature = len(rate), np.repeat(np.arange(len(rate)), np.diff(table.indptr))
+    total = np.maximum(table.sum(axis=1), 1e-300)
     on, off = np.log2(np.maximum(rate, 1e-300)), np.log2(np.maximum(1 - rate, 1e-300))
     q, r = table.data / total[feature] * rate[feature], silent * (1 - rate[feature])
     bits = _plogp(q) + _plogp(r) - _plogp(q + r) - q * on[feature] - r * off[feature]
-    return np.bincount(feature, bits, n) + (1 - np.bincount(feature, silent, n)) * (1 - rate) * -off
+    elsewhere = (1 - np.bincount(feature, silent, n)) * (1 - rate) * -off
+    return np.bincount(feature, bits, n) + elsewhere
 
 
 def _plogp(p: np.ndarray) -> np.ndarray:

@@ -57,7 +57,7 @@ def contrast(ratings: np.ndarray, first: np.ndarray, strata: np.ndarray | None =
     """Mean of the features `first` less that of the others, as difference, low, high and p.
 
     ratings (scorers, features), nan where missing; first (features,) bool. p permutes labels within
-    `strata` (features,), whole numbers. Both are about these SAEs, the interval also other scorers.
+    `strata` (features,), whole numbers. The interval is about other scorers too, never other SAEs.
     """
     generator, first = np.random.default_rng(seed), np.asarray(first, bool)
     strata = np.zeros(len(first)) if strata is None else strata

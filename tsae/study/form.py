@@ -37,8 +37,8 @@ def sample(scores: pd.DataFrame, per_source: int, bins: int, seed: int = 0) -> p
     live["bin"] = np.searchsorted(quantiles.unstack().mean()[1:-1], frequency)
     room = live.groupby(["bin", "source"]).size().unstack(fill_value=0).min(axis=1)
     if room.sum() < per_source:
-        raise ValueError(f"{per_source} features a source were asked for; equally many of each in "
-                         f"all {bins} bins, there are {room.sum()}")
+        raise ValueError(f"{per_source} features a source were asked for; with equally many of "
+                         f"every source in each of {bins} bins there are {room.sum()}")
     generator = np.random.default_rng(seed)
     take = pd.Series(0, generator.permutation(room.index))
     for _ in range(per_source):  # one more in the emptiest bin that has one left
@@ -70,7 +70,7 @@ def _whole(name: str, value: int) -> int:
 def _read(path: Path) -> tuple[list[dict], int]:
     """The scores that stand in a scorer's csv, by step, and the bytes of its whole lines.
 
-    A line without its end, cut off by a crash, does not count; one without scores takes back.
+    A line without its end, cut off by a crash, does not count; one without scores takes one back.
     """
     raw = path.read_bytes() if path.is_file() else b""
     if not (raw.startswith(HEADER) or HEADER.startswith(raw)):
@@ -107,7 +107,7 @@ class Study:
     """One scorer's features in an order of their own, and the scores so far.
 
     `contexts` maps (source, seed, feature) to contexts. A share `repeats` of the features comes
-    twice, half the study apart. `<folder>/<scorer>.csv` names the sources, and is only appended to.
+    twice, at least half of all apart. `<folder>/<scorer>.csv` names sources, is only appended to.
     """
 
     def __init__(self, contexts: dict[tuple[str, int, int], pd.DataFrame], folder: str | Path,
@@ -248,7 +248,8 @@ def _obey(study: Study, text: str) -> None:
     elif re.fullmatch(r"\s*\d+[\s,;/]+\d+\s*", text):
         study.record(*map(int, re.findall(r"\d+", text)))
     else:
-        raise ValueError(f"Nothing recorded: expected two of 1 to 10, {' then '.join(SCALES)}.")
+        raise ValueError(f"Two numbers from 1 to 10 were expected, {' then '.join(SCALES)}: "
+                         "nothing was recorded.")
 
 
 def load(folder: str | Path) -> pd.DataFrame:
