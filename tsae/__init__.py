@@ -2,12 +2,12 @@
 
 The core reads as the paper:
 
-    sae.py       equations 1 and 2              kernels.py, gpu.py  the sparse products of a step
-    baseline.py  the table, and where it starts train.py            one step, one loop
-    lm.py        any causal LM, through nnsight text.py             documents, packed token rows
-    evaluate.py  reconstruction metrics         features.py         what each feature answers to
-    plots.py     tables to figures              store.py            files, written whole
+    sae.py       equations 1 and 2          kernels.py, gpu.py  the sparse products of a step
+    baseline.py  the table and its start    train.py            one step, one loop
+    lm.py        any causal LM (nnsight)    text.py             documents, packed token rows
+    evaluate.py  reconstruction metrics     features.py         what each feature answers to
+    plots.py     tables to figures          store.py            files, written whole
 
-Rooms beside it: pairs/ (activations once, read in any order), scale/ (many SAEs, many devices, exact resume),
-scoring/ (every feature), browser/ (static pages), study/ (the blind study).
+Rooms beside it: pairs/ (activations, read in any order), scale/ (many SAEs, many devices, exact
+resume), scoring/ (every feature), browser/ (static pages), study/ (the blind study).
 """

@@ -123,7 +123,7 @@ def load_saelens(path: str, folder: str = "") -> tuple[SAE, dict]:
     if (place / TABLE).is_file():
         state |= _tensors(place / TABLE, {"W_lookup": (-1, d)})
     elif "lookup" in metadata:
-        raise FileNotFoundError(f"there is no {TABLE} in {place}, but its {CONFIG} tells of one: copy it")
+        raise FileNotFoundError(f"no {TABLE} in {place}, but its {CONFIG} tells of one: copy it")
     activation = "relu" if architecture == "standard" else architecture
     sae = SAE(d, n, activation, cfg["k"], vocabulary=len(state.get("W_lookup", ())),
               lookup="learned" if "W_lookup" in state else "none")

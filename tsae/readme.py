@@ -61,11 +61,14 @@ def headline(results: Path) -> str:
 
 def evidence(results: Path) -> str:
     """The evidence table."""
-    table = store.read_table(results / "evidence.csv").fillna({"ours": "", "criterion": ""})
-    for i, row in table.iterrows():
-        if row["ours"] != "" and not pd.isna(row["low"]):
-            table.loc[i, "ours"] = f"{row['ours']} [{row['low']:.3g}, {row['high']:.3g}]"
-    return markdown(table[["claim", "paper", "ours", "verdict", "criterion"]].to_dict("records"))
+    rows = []
+    for row in store.read_table(results / "evidence.csv").itertuples():
+        ours = "" if pd.isna(row.ours) else f"{row.ours}"
+        if ours and not pd.isna(row.low):
+            ours += f" [{row.low:.3g}, {row.high:.3g}]"
+        rows.append({"claim": row.claim, "paper": row.paper, "ours": ours, "verdict": row.verdict,
+                     "criterion": "" if pd.isna(row.criterion) else row.criterion})
+    return markdown(rows)
 
 
 def cost(results: Path) -> str:

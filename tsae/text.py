@@ -183,7 +183,7 @@ def _rows(file: Path, kind: str) -> Iterator[dict]:
         yield from datasets.load_dataset(kind, data_files=str(file), split="train", streaming=True)
     except Exception as error:  # the reader raises a dozen types for damage, some name no file
         raise ValueError(f"the corpus file {file} is damaged or no {kind} of one object a row "
-                         f"({type(error).__name__}: {error}): restore or mend it") from error
+                         f"({type(error).__name__}: {error}): restore it") from error
 
 
 def _paragraphs(text: str, about: int = 2000) -> Iterator[str]:

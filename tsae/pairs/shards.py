@@ -105,7 +105,7 @@ class Store(_Parts):
         `verify_gb`. One process writes, others wait. A size over `max_gb` or a full disk raises.
         """
         if min(shard_tokens, batch_rows) < 1 or tokens < 0:
-            raise ValueError(f"{shard_tokens=}, {batch_rows=} must be positive, {tokens=} at least 0")
+            raise ValueError(f"{shard_tokens=}, {batch_rows=} must be positive, {tokens=}: 0 or up")
         folder = Path(folder)
         digest = hashlib.sha256(rows.cpu().to(torch.int32).contiguous().numpy()).hexdigest()
         made_of = dict(rows=digest, shape=list(rows.shape), tokens=tokens,

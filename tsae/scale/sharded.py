@@ -29,8 +29,7 @@ class Sharded(SAE):
                              f"{world()} ranks: it must be a topk SAE, and its number of features "
                              "a multiple of the ranks")
         nn.Module.__init__(self)
-        self.config = whole.config | dict(n=whole.n // world())
-        self.__dict__.update(self.config)
+        self._configure(whole.config | dict(n=whole.n // world()))
         for name, p in whole.named_parameters():
             mine = p.detach().chunk(world())[rank()] if name in self.sharded else p.detach()
             setattr(self, name, nn.Parameter(mine.clone(), requires_grad=p.requires_grad))

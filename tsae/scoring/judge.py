@@ -54,11 +54,10 @@ class Judge:
         url = self.url.rstrip("/").removesuffix("/chat/completions") + "/chat/completions"
         body = dict(model=self.model, temperature=0, messages=[dict(role="user", content=prompt)])
         key = {"Authorization": f"Bearer {self.api_key}"} if self.api_key else {}
-        head = {"Content-Type": "application/json"} | key
-        request = Request(url, json.dumps(body).encode(), head)
+        post = Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"} | key)
         for wait in (*self.waits_s, None):
             try:
-                with urlopen(request, timeout=self.timeout_s) as reply:
+                with urlopen(post, timeout=self.timeout_s) as reply:
                     return _content(reply.read(), url)
             except HTTPError as error:
                 said = f"HTTP {error.code} {error.reason}"
@@ -68,8 +67,8 @@ class Judge:
                 passes = not isinstance(error, InvalidURL)
             if not passes or wait is None:
                 tried = f" {len(self.waits_s) + 1} times" if passes else ""
-                raise ConnectionError(f"the judge at {url} failed{tried} ({said}): check the address,"
-                                      f" the model's name {self.model!r} and the key, or do without")
+                raise ConnectionError(f"the judge at {url} failed{tried} ({said}): check the "
+                                      f"address, model {self.model!r} and key, or ask no judge")
             time.sleep(wait)
 
     def explain(self, excerpts: list[str]) -> str:
@@ -101,10 +100,9 @@ def _content(reply: bytes, url: str) -> str:
 
 def excerpt(text: Text, position: int, reach: int = 16) -> str:
     """`reach` tokens to each side of a position, within its row; its own token is marked <<so>>."""
-    first, last = max(0, position - reach), min(len(text.t), position + reach + 1)
-    near = [i for i in range(first, last) if text.row[i] == text.row[position]]
-    words = [text.word(int(text.t[i])) for i in near]
-    return "".join(f"<<{word}>>" if i == position else word for i, word in zip(near, words))
+    near = range(max(0, position - reach), min(len(text.t), position + reach + 1))
+    words = {i: text.word(int(text.t[i])) for i in near if text.row[i] == text.row[position]}
+    return "".join(f"<<{word}>>" if i == position else word for i, word in words.items())
 
 
 def judged(judge: Judge, codes: csc_array, text: Text, features: list[int], examples: int = 10,
@@ -112,29 +110,26 @@ def judged(judge: Judge, codes: csc_array, text: Text, features: list[int], exam
     """Features as a judge sees them: columns feature, judge_explanation, judge_detection.
 
     It explains a feature from `examples` firings of the fit half, evenly over the ranks of codes.
-    judge_detection is the balanced accuracy with which it then tells as many held-out firings from
-    random silent positions; nan where a half has no firing or an answer could not be read.
-    Judgements may have been paid for: if the judge fails for good once it has answered, no more is
-    asked, and what there is is returned. stderr says so, and how much was not readable.
+    judge_detection: its balanced accuracy in telling held-out firings from as many random silent
+    positions; nan where a half has no firing or an answer could not be read. If it fails for good
+    once it has answered, what was judged, perhaps at a price, is returned. stderr tells of both.
     """
     position, firing, _ = firings(codes)
     shown, tested = evenly(codes, text.fit, examples), evenly(codes, ~text.fit, examples)
-    random, rows, unread, answered, lost = np.random.default_rng(seed), [], [], False, ""
-    for feature in tqdm(features, "judging", leave=False):
-        row = dict(feature=feature, judge_explanation="", judge_detection=np.nan)
-        rows.append(row)
-        known = position[shown[firing[shown] == feature]]
-        fired = position[tested[firing[tested] == feature]]
+    random, unread, answered, lost = np.random.default_rng(seed), [], False, ""
+    rows = [dict(feature=each, judge_explanation="", judge_detection=np.nan) for each in features]
+    for feature, row in zip(tqdm(features, "judging", leave=False), rows):
+        known, fired = (position[part[firing[part] == feature]] for part in (shown, tested))
         silent = np.setdiff1d(np.flatnonzero(~text.fit), position[firing == feature])
         if lost or not (len(known) and len(fired) and len(silent)):
             continue
         silent = random.choice(silent, min(len(fired), len(silent)), replace=False)
         order = random.permutation(len(fired) + len(silent))
-        asked, true = np.r_[fired, silent][order], order < len(fired)
+        test, true = np.r_[fired, silent][order], order < len(fired)
         try:
             row["judge_explanation"] = judge.explain([excerpt(text, i) for i in known])
             answered = True
-            right = judge.detect(row["judge_explanation"], [excerpt(text, i) for i in asked]) == true
+            right = judge.detect(row["judge_explanation"], [excerpt(text, i) for i in test]) == true
             row["judge_detection"] = (right[true].mean() + right[~true].mean()) / 2
         except Unread as error:
             unread.append(str(error))

@@ -52,7 +52,7 @@ def token_statistics(codes: csc_array, text: Text, top: int = 20, seed: int = 0)
 
 
 def effective_number(weights: csr_array) -> np.ndarray:
-    """exp of the entropy of each row's weights: c if c columns share alike, 0 if none has any."""
+    """exp of the entropy of each row's weights > 0: c if c columns share alike, 0 if none."""
     total, logs = weights.sum(axis=1), weights.copy()
     logs.data = weights.data * np.log(weights.data)
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -62,9 +62,9 @@ def effective_number(weights: csr_array) -> np.ndarray:
 def _information(table: csr_array, silent: np.ndarray, rate: np.ndarray) -> np.ndarray:
     """Mutual information (n,) in bits of the token and of firing, at the rate (n,).
 
-    Rows of table (n, V) give P(token | fires), `silent` at the same entries P(token | silent). There
-    are entries only where there are firings. Each other token adds -P(token, silent) log P(silent):
-    the last term is all of these.
+    Rows of table (n, V) give P(token | fires), `silent` P(token | silent) at the same entries.
+    Tokens without firings have no entry. Each of them adds -P(token, silent) log P(silent): all of
+    these are one term, `elsewhere`.
     """
     n, feature = len(rate), np.repeat(np.arange(len(rate)), np.diff(table.indptr))
     total = np.maximum(table.sum(axis=1), 1e-300)
