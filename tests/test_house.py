@@ -106,7 +106,9 @@ def test_lines_and_functions_are_short():
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_notebooks_are_clean_runs(path):
-    cells = [cell for cell in nbformat.read(path, 4).cells if cell.cell_type == "code"]
+    notebook = nbformat.read(path, 4)
+    assert "widgets" not in notebook.metadata, "no widget state"
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1)), "run it top to bottom"
     assert not any(output.output_type == "error" for cell in cells for output in cell.outputs)
     tagged = [cell for cell in cells if "parameters" in cell.metadata.get("tags", [])]

@@ -94,6 +94,10 @@ def test_notebooks_run_in_order_and_once(house, capsys):
     assert (house / "ran.txt").read_text() == "4 1\na True\nb True\n", "only the notebook that has the parameter"
     assert json.loads((house / "run/done/02_second.json").read_text())["parameters"]["name"] == "b"
     assert (house / "run/notebooks/02_second.ipynb").is_file()
+    (house / "run").rename(house / "elsewhere")
+    command.main(["--out", str(house / "elsewhere"), *arguments[2:], "-p", "name=b"])
+    assert capsys.readouterr().out.count("done before") == 3, "where a run lies changes nothing"
+    assert (house / "ran.txt").read_text() == "4 1\na True\nb True\n"
 
 
 @pytest.mark.parametrize("assignment, words", [

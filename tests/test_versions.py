@@ -7,6 +7,9 @@ compared to two thousandths, as processors differ. (Test_shards.py and test_orde
 """
 
 import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -86,3 +89,47 @@ def test_results_of_notebooks_are_those_of_their_version():
     codes = random_array((40 * 19, 8), density=0.1, format="csc", dtype=np.float32, rng=np.random.default_rng(0))
     table = scores.scored(codes, on).select_dtypes("number")
     check("results", command.VERSION, evaluate.reconstruction(sae, x, t) | table.mean().to_dict())
+
+
+WORK = """
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+
+from tsae import train
+from tsae.pairs.prepare import prepare
+from tsae.scale.sweep import sweep
+
+kept, passes, steps, step = Path(sys.argv[1]), [], [], train.Run.step
+train.Run.step = lambda *given: steps.append(1) or step(*given)
+
+
+def residuals(tokens):
+    passes.append(1)
+    return torch.stack([tokens % 7, tokens % 5, tokens % 3, tokens % 2], -1).float()
+
+
+layer = SimpleNamespace(residuals=residuals, keep=lambda tokens: tokens > 0, unigrams=lambda: torch.ones(50, 4),
+                        d_model=4, vocabulary=50, device=torch.device("cpu"), identity=dict(layer=0))
+data = prepare(layer, torch.arange(1, 41, dtype=torch.int32).view(4, 10), batch=8, folder=kept / "activations")
+sweep(kept / "saes", data, [dict(activation="topk", n=8, k=2, lookup="learned", seed=0, tokens=40)])
+print(len(passes), len(steps))
+"""
+
+
+def test_a_comment_in_every_file_makes_nothing_again(tmp_path):
+    """What is kept is named by numbers raised by hand, not by the text of the code that made it."""
+    for name in ("before", "after"):
+        shutil.copytree(Path(train.__file__).parent, tmp_path / name / "tsae", ignore=shutil.ignore_patterns("__pycache__"))
+    for file in (tmp_path / "after").rglob("*.py"):
+        file.write_text(file.read_text().replace('"""', '"""In other words: ', 1) + "\n# a remark\n")
+    said = []
+    for name in ("before", "after"):
+        environment = os.environ | dict(PYTHONPATH=str(tmp_path / name), TSAE_HOME=str(tmp_path))
+        done = subprocess.run([sys.executable, "-P", "-c", WORK, str(tmp_path / "kept")], env=environment, cwd=tmp_path,
+                              capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-2000:]
+        said.append(done.stdout.split())
+    assert said == [["1", "5"], ["0", "0"]]

@@ -129,8 +129,7 @@ class LM:
     def _logits(self, tokens: torch.Tensor, layer: int, residuals: torch.Tensor | None, where,
                 patch: Callable[[torch.Tensor], torch.Tensor] | None,
                 columns: int = 0) -> torch.Tensor:
-        """Logits of the last `columns` (0: of all) of tokens (b, T), with the stream patched at
-        `layer`.
+        """Logits of the last `columns` (0: all) of tokens (b, T), the stream patched at `layer`.
 
         `patch(x) -> x_hat` replaces the residuals x (m, d) at the positions `where`, any index of
         (b, T). Given the `residuals` (b, T, d) at that layer, the blocks below are skipped.

@@ -1,8 +1,6 @@
-"""What a training run is given: activations of one layer, stored or streamed, and what its start
-needs.
+"""What a training run is given: the activations of one layer, stored or streamed, and statistics.
 
-A `layer` is an lm.Layer, or anything with its members: functions of token rows, and what names
-them.
+A `layer` is an lm.Layer, or anything with its members.
 """
 
 import hashlib
@@ -40,8 +38,7 @@ class Data:
 def prepare(layer, rows: torch.Tensor, batch: int = 4096, buffer: int = 131072,
             store_gb: float = 20.0, folder: Path = PLACE, sample_rows: int = 20_000,
             rank: int = 0, world: int = 1) -> Data:
-    """Activations at `layer` over token rows (N, T): from a store in `folder`, made once, or
-    streamed.
+    """Activations at `layer` over token rows (N, T), from a store made once or streamed.
 
     A store that would need more than `store_gb` is not made: the language model then runs during
     training, pairs are mixed in a buffer of `buffer` tokens, and `stats` come from one pass over

@@ -13,8 +13,7 @@ from tsae.scale.parallel import any_rank, gathered, main, rank, together, world
 
 
 class Sharded(SAE):
-    """A topk SAE of which this rank holds whole.n / world features; b_dec and the table are on all
-    ranks.
+    """A topk SAE of which each rank holds whole.n / world features, and all b_dec and the table.
 
     Every rank brings its share of the batch, as in data-parallel training, and meets all shares
     with its features. Trained by scale.passes it learns what the whole SAE would; for anything else
@@ -119,8 +118,7 @@ class Sharded(SAE):
 
 
 def _among_largest(values: torch.Tensor, k: int) -> torch.Tensor:
-    """1.0 where values (world * b, c) are among the k largest of all ranks at their position, else
-    0.0.
+    """1.0 at the k largest of all ranks' values (world * b, c) at each position, else 0.0.
 
     Exactly k are. Each rank decides for the b positions that it brought: it is sent the others'
     values there, and answers.
