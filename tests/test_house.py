@@ -81,7 +81,8 @@ def test_a_planted_import_is_found(module, line, said):
 
 
 def test_a_planted_circle_is_found():
-    planted = {"codes": "from tsae import baseline", "baseline": "from tsae.evaluate import nmse", "evaluate": "import tsae.codes"}
+    planted = {"codes": "from tsae import baseline", "baseline": "from tsae.evaluate import nmse",
+               "evaluate": "import tsae.codes"}
     assert climbing(planted) == ["codes imports tsae.baseline", "baseline imports tsae.evaluate", "evaluate imports tsae.codes"]
 
 

@@ -9,7 +9,7 @@ from tsae.lm import LM
 from tsae.pairs import extract, shards
 from tsae.pairs import prepare as prepared
 from tsae.pairs.extract import activations
-from tsae.pairs.prepare import held_out, prepare
+from tsae.pairs.prepare import prepare
 from tsae.pairs.shards import Memory
 
 

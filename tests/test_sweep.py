@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from tsae import store, train
-from tsae.pairs.prepare import prepare
 from tsae.sae import SAE
 from tsae.scale import sweep as module
 from tsae.scale.sweep import needed_bytes, sweep, trained
