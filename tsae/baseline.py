@@ -1,4 +1,4 @@
-"""What is added to the decoder before the features: the token table, and where it starts.
+"""Where the token table starts: what SAE.baseline adds to the reconstruction beside the features.
 
 Statistics are those of pairs.extract.Moments: mean (d,), count (V,) and sum (V, d) of the
 activations.

@@ -73,10 +73,11 @@ def strongest(codes: csc_array, top: int) -> tuple[np.ndarray, np.ndarray]:
     return position, code
 
 
-def first_of_each(order: np.ndarray, feature: np.ndarray, ends: np.ndarray, top: int) -> np.ndarray:
+def first_of_each(order: np.ndarray, feature: np.ndarray, starts: np.ndarray,
+                  top: int) -> np.ndarray:
     """1.0 (nnz,) at the first `top` firings of each feature in an `order` by feature."""
     chosen = np.zeros(len(order))
-    chosen[order] = np.arange(len(order)) - ends[feature] < top
+    chosen[order] = np.arange(len(order)) - starts[feature] < top
     return chosen
 
 
@@ -87,5 +88,7 @@ def evenly(codes: csc_array, mask: np.ndarray, each: int) -> np.ndarray:
     feature = firings(codes)[1][order]
     count = np.bincount(feature, minlength=codes.shape[1])
     place, many = np.arange(len(order)) - (count.cumsum() - count)[feature], count[feature]
-    upto, before = ((2 * i * each + many) // (2 * many) for i in (place + 1, place))
-    return order[upto > before]
+    # Rank i of `many` is kept where i * each / many, rounded, goes up with the next rank.
+    before = (2 * place * each + many) // (2 * many)
+    after = (2 * (place + 1) * each + many) // (2 * many)
+    return order[after > before]

@@ -21,7 +21,7 @@ def nmse(x: torch.Tensor, x_hat: torch.Tensor) -> float:
 
 
 def fvu(x: torch.Tensor, x_hat: torch.Tensor) -> float:
-    """Fraction of variance unexplained: summed squared error over that of the mean activation."""
+    """Fraction of variance unexplained: squared error over that of always predicting the mean."""
     return ((x - x_hat).square().sum() / (x - x.mean(0)).square().sum()).item()
 
 
@@ -115,12 +115,13 @@ def reconstruction(sae: SAE, x: torch.Tensor, t: torch.Tensor,
     errors, lookup_errors, squared, lookup_squared, firings = [], [], 0.0, 0.0, 0
     fired = torch.zeros(sae.n, dtype=torch.bool, device=x.device)
     for a, tokens in zip(x.split(batch), t.split(batch)):
-        (a_hat, active, firing), alone = sae.reconstructed(a, tokens), sae.table_alone(tokens)
+        a_hat, count, firing = sae.reconstructed(a, tokens)
+        alone = sae.table_alone(tokens)
         errors.append(squared_errors(a, a_hat))
         lookup_errors.append(squared_errors(a, alone))
         squared = squared + (a - a_hat).square().sum()
         lookup_squared = lookup_squared + (a - alone).square().sum()
-        firings, fired = firings + active, fired | firing
+        firings, fired = firings + count, fired | firing
     variance = (x - x.mean(0)).square().sum()
     result = dict(nmse=torch.cat(errors).mean().item(), fvu=(squared / variance).item(),
                   l0=(torch.tensor(firings) / len(x)).item(), dead=1 - fired.float().mean().item())

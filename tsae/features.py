@@ -53,16 +53,16 @@ def scan(sae: SAE, x: torch.Tensor, t: torch.Tensor, top: int = 20) -> Scan:
 
 
 def overlap(response: Response, scanned: Scan, last_tokens: np.ndarray, t: np.ndarray,
-            threshold: int = 0, top: int = 10) -> dict[str, float]:
+            which: int = 0, top: int = 10) -> dict[str, float]:
     """Claim 5: shares of live features that isolated inputs activate, and whether real text agrees.
 
-    answering: of live features, those with some input above thresholds[threshold]; top_is_top: of
+    answering: of live features, those with some input above thresholds[which]; top_is_top: of
     these, those whose strongest input ends in the token of their strongest position in text;
     any_shared: whose `top` strongest inputs and `top` strongest positions share a last token.
     `last_tokens` (m,) belong to the inputs, `t` to the scan.
     """
     live = scanned.best[:, 0] >= 0
-    answering = live & (response.above[threshold] > 0)
+    answering = live & (response.above[which] > 0)
     same, shared = [], []
     for feature in np.flatnonzero(answering):
         inputs = last_tokens[response.best[feature][response.best[feature] >= 0]][:top]

@@ -93,8 +93,8 @@ def _starts(groups: Tensor, n: int) -> Tensor:
 
 # Selection by partition. numpy moves the k largest numbers of a row to its end many times as fast
 # as torch selects them, but loses their places. *Place keys* keep them: integers with a value in
-# the upper half of their bits and its place in the lower. Float bits have the order of the floats,
-# once all but the sign are flipped below zero. No two keys are equal: of ties, later places win.
+# the upper half of their bits and its place in the lower. As integers the bits of floats above 0
+# have their order; below 0 all bits but the sign are flipped. Keys differ: later places win ties.
 
 def _partitioned(numbers: np.ndarray, k: int) -> np.ndarray:
     """The k largest of each row (..., m), in no order. Reorders the rows it is given."""
@@ -121,8 +121,14 @@ def largest(values: Tensor, k: int) -> Tensor:
 
 
 def kth_largest(values: Tensor, k: int) -> Tensor:
-    """The k-th largest (...,) of each row of `values` (..., m), where zeros fill up as above."""
-    return largest(values, k).amin(-1)
+    """The k-th largest (...,) of each row of `values` (..., m), where zeros fill up as above.
+
+    NaN among the k largest of values (m,) gives NaN; in rows it only counts as large (faster).
+    """
+    if values.ndim == 1 or values.is_cuda or values.shape[-1] < k:
+        return largest(values, k).amin(-1)
+    first = _partitioned(_sortable(values).numpy().copy(), k)[..., 0]
+    return torch.from_numpy(first.copy()).view(values.dtype)
 
 
 def top(v: Tensor, k: int) -> Tensor:
@@ -154,8 +160,8 @@ def _places(v: Tensor, k: int) -> Tensor:
         bits = v.view(torch.int32)
         v = bits ^ ((bits >> 31) & 0x7FFFFFFF)
     wide = torch.int32 if half == 16 else torch.int64
-    keys = (v.to(wide) << half | torch.arange(m, dtype=wide)).numpy()
-    return torch.from_numpy(_partitioned(keys, k) & (1 << half) - 1).long()
+    keys = ((v.to(wide) << half) | torch.arange(m, dtype=wide)).numpy()
+    return torch.from_numpy(_partitioned(keys, k) & ((1 << half) - 1)).long()
 
 
 def _onednn(x: Tensor, dtype: torch.dtype) -> bool:
@@ -200,7 +206,7 @@ def sampled_products(support: Support | None, x: Tensor, W: Tensor) -> Tensor:
         return product(x, W.T)
     if support.positions is None and gpu.takes(x):
         return gpu.sampled_products(x, W, support.index)
-    # One bag a feature, whose members are rows of x: what is wanted is its weights' gradient.
+    # These are the gradients of an embedding_bag's weights: features are bags, positions members.
     products = torch.ops.aten._embedding_bag_per_sample_weights_backward(
         W, x, support.ordered_positions, support.feature_starts[:-1], support.ordered_features, 0)
     return torch.empty_like(products).index_copy_(0, support.order, products).view_as(support.index)
@@ -222,7 +228,7 @@ def _top(x: Tensor, W: Tensor, bias: Tensor, k: int) -> tuple[Support, Tensor | 
     if gpu.takes(x):
         values, index = gpu.select_top(x, W, bias, k, torch.bfloat16 if _quick else torch.float32)
         return Support(index, len(W)), values
-    rows = max(64, 1 << (AT_ONCE // len(W)).bit_length() - 1)  # a power of two
+    rows = max(64, 2 ** int(math.log2(max(1, AT_ONCE // len(W)))))
     affine = _affine(W, bias, rows)
     indices, values = [], []
     for part in x.split(rows):
@@ -248,7 +254,7 @@ def _above(x: Tensor, W: Tensor, bias: Tensor,
 
 
 def _reaches(pre: Tensor, least: Tensor) -> np.ndarray:
-    """(b, n) bool: where pre is above 0 and not below `least`. NaN is everywhere: it must show."""
+    """(b, n) bool: where pre is above 0 and not below `least`. NaN counts: it must show."""
     if pre.dtype == torch.bfloat16:  # one step of bfloat16 lower, for what was rounded down
         two_below = (_sortable(least.bfloat16()).clamp_min(0) - 2).clamp_min(0)
         return _sortable(pre).numpy() > two_below.numpy()  # numpy: four times as fast as torch
@@ -256,7 +262,7 @@ def _reaches(pre: Tensor, least: Tensor) -> np.ndarray:
 
 
 class _Select(torch.autograd.Function):
-    """W (x - centre) + bias at the pairs that `choose` picks; its values are None where rounded."""
+    """W (x - centre) + bias at the pairs that `choose` picks; it gives no values if rounded."""
 
     @staticmethod
     def forward(ctx, x, centre, W, bias, choose):
@@ -369,14 +375,15 @@ class JumpReLU(torch.autograd.Function):
         theta = log_theta.exp()
         above = pre - per_code(theta, support)
         codes = where_positive(pre, above)  # theta is positive: what is above it needs no ReLU
-        ctx.save_for_backward(codes, above.abs_().neg_().add_(bandwidth / 2), theta)
+        inside = above.abs_().neg_().add_(bandwidth / 2)  # above 0 in the window
+        ctx.save_for_backward(codes, inside, theta)
         ctx.bandwidth, ctx.support = bandwidth, support
         ctx.b = len(pre) if support is None else support.b
         return codes, torch.count_nonzero(codes) / ctx.b
 
     @staticmethod
     def backward(ctx, g, g_l0):
-        codes, inside, theta = ctx.saved_tensors  # inside: above 0 in the window
+        codes, inside, theta = ctx.saved_tensors
         pull = torch.addcmul(g_l0 / ctx.b, g, per_code(theta, ctx.support))
         pull = total(where_positive(pull, inside), ctx.support)
         return where_positive(g, codes), -pull * theta / ctx.bandwidth, None, None

@@ -1,9 +1,9 @@
 """Any Hugging Face causal language model: residual activations, unigrams, patched cross-entropy.
 
 The residual stream at layer L is the input of block L (resid_pre), for L in 0 .. n_layers - 1. In
-models with LayerNorm its mean over d_model is taken out: every reader of the stream subtracts it
-anyway, so the model computes the same, and reconstruction errors become comparable with those on
-centred weights. RMSNorm models are left as they are. This is the only file that knows nnsight.
+models with LayerNorm we take out the stream's mean over d_model. Every reader of the stream
+subtracts it anyway: the model computes the same, and errors compare with those on centred weights.
+RMSNorm models are left as they are. This is the only file that knows nnsight.
 """
 
 import hashlib
@@ -159,7 +159,7 @@ class LM:
         kept = self.keep(tokens)
         replace = (lambda x: patch(x, tokens[kept])) if patch else None
         logits = self._logits(tokens, layer, residuals, kept, replace)[:, :-1].float()
-        # By hand: no copy of the logits of counted positions, and none of their softmax.
+        # By hand: cross_entropy would copy the logits, and keep their softmax.
         of_next = logits.gather(-1, tokens[:, 1:, None]).squeeze(-1)
         return (logits.logsumexp(-1) - of_next)[kept[:, :-1]]
 

@@ -5,8 +5,8 @@
 
 (Dooms and Wilhelm, arXiv 2502.17332.) `a_t` is the activation at a position whose token is `t`.
 Without a table the last term is missing and `t` is ignored: training and evaluation treat both
-alike. Rows are things: W_enc (n, d), W_dec (n, d), W_lookup (V, d). Weights and codes are in units
-of `scale`, the rms entry of the centred activations; `encode` takes, `decode` returns raw ones.
+alike. A feature or token has a row: W_enc (n, d), W_dec (n, d), W_lookup (V, d). Table, biases and
+codes are in units of `scale`, the rms entry of the activations less their mean; x is always raw.
 """
 
 import json
@@ -26,8 +26,9 @@ from torch.nn.functional import embedding, mse_loss, relu, threshold
 from tsae import kernels
 from tsae.kernels import Support, kth_largest, preactivations, select_top, sum_rows, total
 
-# A new activation: name it here, make its parameters in SAE.__init__ and give it a case in SAE.act.
-# If its codes or gradients need pre-activations below 0, say so in SAE._bound. That is all.
+# A new activation: name it here, make its parameters in SAE.__init__ and give it a case in SAE.act,
+# for all pre-activations (b, n) and for those of a support's pairs (m,) (see kernels.per_code).
+# If its codes or gradients need pre-activations below 0, let SAE._bound return None for it.
 ACTIVATIONS = ("relu", "topk", "batchtopk", "jumprelu", "gated")
 LOOKUPS, SEES = ("none", "frozen", "learned"), ("full", "rest")
 CONFIG, WEIGHTS = "config.json", "weights.safetensors"
@@ -129,8 +130,11 @@ class SAE(nn.Module):
         """Give every decoder row unit norm."""
         self.W_dec /= self.W_dec.norm(dim=-1, keepdim=True).clamp_min(1e-8)
 
-    def row(self, t: Tensor | None) -> Tensor | float:
-        """W_lookup[t] (b, d) in units of `scale`, or 0.0 without a table."""
+    def baseline(self, t: Tensor | None) -> Tensor | float:
+        """What the decoder adds for a token: W_lookup[t] (b, d) in units of `scale`; no table: 0.0.
+
+        Another function of the token would go here, and its start into baseline.py.
+        """
         if self.lookup == "none":
             return 0.0
         if t is None:
@@ -141,8 +145,8 @@ class SAE(nn.Module):
         return embedding(t.long(), self.W_lookup, sparse=True)
 
     def encoder_input(self, z: Tensor, t: Tensor | None) -> Tensor:
-        """What the encoder sees of z (b, d) in units of `scale`: all of it, or less its row."""
-        return z - self.row(t) if self.encoder_sees == "rest" else z
+        """What the encoder sees of z (b, d) in units of `scale`: all, or less its baseline."""
+        return z - self.baseline(t) if self.encoder_sees == "rest" else z
 
     def preactivations(self, x: Tensor, t: Tensor | None = None) -> Tensor:
         """W_enc (a_t - b_dec) + b_enc (b, n) of raw x (b, d)."""
@@ -150,16 +154,16 @@ class SAE(nn.Module):
         return preactivations(z, self.b_dec, self.W_enc, self.b_enc)
 
     def encode(self, x: Tensor, t: Tensor | None = None) -> Tensor:
-        """Equation 1: codes (b, n), never negative, of raw activations x (b, d)."""
+        """Equation 1: codes (b, n), never negative, of raw x (b, d). Training: see `_active`."""
         return self.act(self.preactivations(x, t)).codes
 
     def decode(self, codes: Tensor, t: Tensor | None = None) -> Tensor:
-        """Equation 2: raw activations (b, d) reconstructed from codes (b, n) and tokens t (b,)."""
-        return (codes @ self.W_dec + self.b_dec + self.row(t)) * self.scale
+        """Equation 2: raw a_hat (b, d) from codes (b, n), tokens t (b,). Training: `_rebuilt`."""
+        return (codes @ self.W_dec + self.b_dec + self.baseline(t)) * self.scale
 
     def table_alone(self, t: Tensor) -> Tensor:
         """Equation 2 without features: b_dec + W_lookup[t], raw (b, d), of token ids t (b,)."""
-        return (self.b_dec + self.row(t)).expand(len(t), -1) * self.scale
+        return (self.b_dec + self.baseline(t)).expand(len(t), -1) * self.scale
 
     def forward(self, x: Tensor, t: Tensor | None = None) -> Tensor:
         """The reconstruction (b, d) of raw x (b, d); topk never builds the dense codes."""
@@ -175,7 +179,7 @@ class SAE(nn.Module):
             return Active(torch.zeros_like(pre).scatter(-1, index, relu(values)))
         if self.activation == "batchtopk":
             b = len(pre) if support is None else support.b
-            least = self._least(pre.detach().flatten(), b, kth)
+            least = self._least(pre.detach().flatten(), b, kth)  # of exact values: see _bound
             just_below = torch.nextafter(least, least.new_tensor(-math.inf)).item()
             return Active(threshold(pre, just_below, 0.0), support, least=least)
         if self.activation == "jumprelu":
@@ -195,13 +199,13 @@ class SAE(nn.Module):
         return total(codes, support) @ norms / support.b
 
     def _least(self, values: Tensor, b: int, kth: KthLargest) -> Tensor:
-        """batchtopk: the least value kept: in training the (k * b)-th, in use a mean of those."""
+        """batchtopk: the least value kept: the (k * b)-th; in eval mode a running mean of that."""
         if b and (self.training or self.threshold < 0):
             return kth(values, self.k * b).clamp_min(0)
         return self.threshold
 
     def _bound(self, b: int, kth: KthLargest) -> kernels.Bound | None:
-        """What a pre-activation must reach to matter to codes or gradients; None: all matter."""
+        """The least pre-activation that codes or gradients depend on; None: all matter."""
         if self.b_enc.is_cuda:
             return None
         if self.activation == "batchtopk":
@@ -225,7 +229,7 @@ class SAE(nn.Module):
 
     def _rebuilt(self, active: Active, t: Tensor | None) -> Tensor:
         """Equation 2 in units of `scale` (b, d)."""
-        return sum_rows(active.codes, active.support, self.W_dec) + self.b_dec + self.row(t)
+        return sum_rows(active.codes, active.support, self.W_dec) + self.b_dec + self.baseline(t)
 
     @torch.no_grad()
     def reconstructed(self, x: Tensor, t: Tensor | None = None) -> tuple[Tensor, int, Tensor]:
@@ -253,7 +257,7 @@ class SAE(nn.Module):
         z_hat = self._rebuilt(active, t)
         loss = mse_loss(z_hat, z, reduction="sum") / len(z) + sparsity * active.penalty
         if active.gates is not None:  # trains the gates, not the decoder
-            row = self.row(t).detach() if self.aux_lookup and self.lookup != "none" else 0.0
+            row = self.baseline(t).detach() if self.aux_lookup and self.lookup != "none" else 0.0
             rebuilt = sum_rows(active.gates, active.support, self.W_dec.detach())
             z_gate = rebuilt + self.b_dec.detach() + row
             loss = loss + mse_loss(z_gate, z, reduction="sum") / len(z)
@@ -263,9 +267,10 @@ class SAE(nn.Module):
         return dict(loss=loss, z_hat=z_hat.detach(), fired=fired, codes=codes)
 
     def auxk(self, z: Tensor, t: Tensor | None, error: Tensor, dead: Tensor) -> Tensor:
-        """AuxK (Gao et al. 2024): the error of the d_model / 2 strongest dead features on `error`.
+        """AuxK (Gao et al. 2024): ||error - e_hat||^2, e_hat from the strongest dead features.
 
-        z and error (b, d) in units of `scale`, t (b,), dead (n,) bool.
+        The d_model / 2 strongest at each position; weighed less while fewer are dead. z and error
+        (b, d) in units of `scale`, t (b,), dead (n,) bool.
         """
         W, bias, rows = self.W_enc[dead], self.b_enc[dead], self.W_dec[dead]
         half = max(1, self.d_model // 2)
@@ -280,7 +285,7 @@ class SAE(nn.Module):
         return min(1.0, len(W) / half) * mse_loss(explained, error, reduction="sum") / len(z)
 
     def save(self, folder: str | Path) -> Path:
-        """Write config.json, then weights.safetensors, or leave what is there and raise OSError."""
+        """Write config.json, then weights.safetensors, each whole. Raises OSError (disk full)."""
         folder = Path(folder)
         paths = folder / CONFIG, folder / WEIGHTS
         drafts = [path.with_name(f".{os.getpid()}-{path.name}") for path in paths]

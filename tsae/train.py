@@ -1,4 +1,8 @@
-"""Training: one step (`Run.step`), one loop (`fit`), how SAEs start and learn (`RECIPES`)."""
+"""Training: one step (`Run.step`), one loop (`fit`), how SAEs start and learn (`RECIPES`).
+
+Pairs (x, t) come without BOS and special tokens: lm.LM.keep says which positions count, and
+pairs.extract leaves the others out.
+"""
 
 import math
 import warnings
@@ -14,7 +18,7 @@ from tsae.sae import SAE
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 VERSION = 1  # of trained SAEs: raise it when a step or a start computes something else
-SPIKE = 10.0  # a batch whose loss is so many times its running mean is no batch to learn from
+SPIKE = 10.0  # times its running mean: a batch with a larger loss is softened
 
 
 class RowAdam(torch.optim.Optimizer):
@@ -69,9 +73,10 @@ def learning_rate(progress: float, schedule: str, last: float) -> float:
 
 
 class Alone:
-    """What a process that trains tells the others that share its batch: alone, nothing.
+    """One process, that has no others to talk to; scale.parallel.Ranks is the one of many.
 
-    Where there are others, scale.parallel.Ranks takes its place, with the same four members.
+    `share` averages gradients over the processes, and returns the features that fired and the
+    largest loss of any; `kth_largest` looks at the values of all; `average` averages a line.
     """
 
     world = 1
@@ -140,8 +145,8 @@ class Run:
         Raises FloatingPointError for a loss that is NaN or infinite.
         """
         for optimiser, peak in self.optimisers:
-            share = learning_rate(self.seen / self.tokens, self.schedule, self.last_lr)
-            optimiser.param_groups[0]["lr"] = peak * share
+            fraction = learning_rate(self.seen / self.tokens, self.schedule, self.last_lr)
+            optimiser.param_groups[0]["lr"] = peak * fraction
             optimiser.zero_grad()
         sparsity = self.sparsity * min(1.0, (self.seen + 1) / self.warmup_tokens)
         dead = self.silent >= self.dead_after_tokens
@@ -237,9 +242,9 @@ def fit(sae: SAE, pairs: Iterator[Pair], tokens: int, quick: bool = False, **how
     return run.finish()
 
 
-# How a run starts and learns. "text" and "code" are the paper's two recipes: see the settings table
-# of the README. Rates are in units of the activation scale; table_lr 0 is the common rate. Without
-# a table the encoder starts at W_dec.
+# How a run starts and learns. "text" and "code" are the paper's two recipes; where we differ from
+# them is in the settings table of the README. Rates are in units of the activation scale; table_lr
+# 0 is the common rate (see `learning`). Without a table the encoder starts at W_dec.
 _CODE = dict(start="unigram", table_scale=0.5, encoder="transpose", encoder_scale=0.5,
              encoder_sees="full", table_lr=1e-2, schedule="cosine", last_lr=0.3, aux_weight=0.0,
              aux_lookup=False)

@@ -51,6 +51,7 @@ def fit_all(runs: list[Run], source: Iterator[Pair], quick: bool = False,
                 for run, out in zip(runs, outs):
                     if run.due():
                         run.history.append(run.line(x, out))
+            del outs, out  # the next step may need the memory
             bar.update(first.seen - bar.n)
             wanted = bool(folder) and time.monotonic() - saved >= checkpoint_every_s
             asked = parallel.any_rank(stop.signal or wanted, x.device)  # over 1: a signal

@@ -64,7 +64,7 @@ class Sharded(SAE):
         """The reconstruction of this rank's x (b, d). All ranks call it, with as many rows each."""
         codes, support = self.selected(x / self.scale, t)
         rebuilt = _Sum.apply(sum_rows(codes, support, self.W_dec))
-        return (rebuilt + self.b_dec + self.row(t)) * self.scale
+        return (rebuilt + self.b_dec + self.baseline(t)) * self.scale
 
     def selected(self, z: torch.Tensor, t: torch.Tensor | None) -> tuple[torch.Tensor, Support]:
         """Codes (world * b, k) of this rank's features for all ranks' z (b, d).
@@ -90,7 +90,7 @@ class Sharded(SAE):
         if any(dead_of_ranks):
             parts.append(self._explained(seen.detach(), dead, dead_of_ranks))
         rebuilt, *explained = _Sum.apply(torch.stack(parts, 1)).unbind(1)
-        z_hat = rebuilt + self.b_dec + self.row(t)
+        z_hat = rebuilt + self.b_dec + self.baseline(t)
         loss = mse_loss(z_hat, z, reduction="sum") / len(z)
         if explained:
             weight = aux_weight * min(1.0, sum(dead_of_ranks) / max(1, self.d_model // 2))
