@@ -1,8 +1,10 @@
-"""Oracle: transformers itself, through its own hidden_states and its own forward passes."""
+"""Oracle: transformers itself, through its own hidden_states, hooks and forward passes."""
 
 import pytest
 import torch
 from conftest import byte_tokenizer, tiny_network
+from families import FAMILIES, POST_NORM, random_network
+from safetensors.torch import load_file, save_file
 from torch.nn.functional import cross_entropy
 
 from tsae import lm as lms
@@ -117,3 +119,71 @@ def test_unknown_models_get_a_sentence(tmp_path, model_folder):
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(ValueError, match="could not be loaded"):
         lms.load(str(weights.parent))
+
+
+@pytest.mark.filterwarnings("ignore")  # of transformers, about its own kernels and classes
+@pytest.mark.parametrize("family", [*FAMILIES, *POST_NORM])
+def test_families(family):
+    """Residuals are what blocks are given; a patch of the stream by itself, and skipped blocks, change nothing."""
+    network, given = random_network(family), []
+    with torch.no_grad():
+        logits = network(input_ids=TOKENS, use_cache=False).logits
+    lm = lms.LM(network, byte_tokenizer(), family)
+    block = lm.blocks[2]._module
+    handle = block.register_forward_pre_hook(lambda _, args, kwargs: given.append((*args, *kwargs.values())[0]),
+                                             with_kwargs=True)
+    network(input_ids=TOKENS, use_cache=False)
+    handle.remove()
+    x = lm.residuals(TOKENS, [2])[2]
+    assert torch.allclose(x, centred(lm, given[0].detach()), atol=1e-5)
+    assert lm.centred == any(isinstance(module, torch.nn.LayerNorm) for module in block.modules()) or family in NOT_FREE
+    kept = lm.keep(TOKENS)[:, :-1]
+    expected = cross_entropy(logits[:, :-1][kept], TOKENS[:, 1:][kept], reduction="none")
+    assert torch.allclose(lm.nats(TOKENS, 2, lambda x, t: x), expected, atol=1e-4)
+    assert lm.tail(TOKENS, 2)(lambda x, t: x) == pytest.approx(expected.mean().item(), abs=1e-4)
+    assert torch.allclose(lm.next_token_logits(TOKENS, 2, lambda x: x, x), logits[:, -1], atol=1e-3)
+
+
+NOT_FREE = {*POST_NORM, "openai-gpt"}  # the mean is left in: it is part of what the model reads
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_model_that_sees_later_tokens_is_refused():
+    with pytest.raises(ValueError, match="bert sees later tokens: a causal language model was expected"):
+        lms.LM(random_network("bert"), byte_tokenizer(), "bert")
+
+
+@pytest.mark.parametrize("change", ["missing", "renamed", "other shape"])
+def test_a_checkpoint_that_lacks_weights_is_refused(change, model_folder):
+    path = model_folder("llama") / "model.safetensors"
+    weights, name = load_file(path), "model.layers.1.mlp.up_proj.weight"
+    taken = weights.pop(name)
+    weights |= {"missing": {}, "renamed": {"model.layers.1.mlp.up.weight": taken}, "other shape": {name: taken[:-1]}}[change]
+    save_file({name: weight.contiguous() for name, weight in weights.items()}, path, metadata=dict(format="pt"))
+    with pytest.raises(ValueError, match=r"no fitting weights for model.layers.1.mlp.up_proj.weight \(1 in all\)"):
+        lms.load(str(path.parent))
+
+
+def test_a_folder_without_a_tokenizer_is_refused(model_folder):
+    folder = model_folder()
+    for file in folder.glob("tokenizer*"):
+        file.unlink()
+    with pytest.raises(ValueError, match="holds no tokenizer that reads text|no BOS token|could not be loaded"):
+        lms.load(str(folder))
+
+
+def test_a_tokenizer_of_more_ids_than_rows_is_refused():
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens(["<one more>"])
+    with pytest.raises(ValueError, match="gives ids up to 257, the embedding of gpt2 has 257 rows"):
+        lms.LM(tiny_network("gpt2"), tokenizer, "gpt2")
+
+
+def test_devices_and_dtypes_that_are_not_there(model_folder, monkeypatch):
+    folder = str(model_folder())
+    with pytest.raises(ValueError, match="dtype is 'bf16': expected one of float32, bfloat16, float16"):
+        lms.load(folder, dtype="bf16")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="'cuda' was asked for, and torch finds no GPU"):
+        lms.load(folder, device="cuda")
+    assert lms.load(folder, dtype="bfloat16").layer(1).residuals(TOKENS).dtype == torch.float32

@@ -1,9 +1,9 @@
 """Any Hugging Face causal language model: residual activations, unigrams, patched cross-entropy.
 
 The residual stream at layer L is the input of block L (resid_pre), for L in 0 .. n_layers - 1. In
-models with LayerNorm we take out the stream's mean over d_model. Every reader of the stream
-subtracts it anyway: the model computes the same, and errors compare with those on centred weights.
-RMSNorm models are left as they are. This is the only file that knows nnsight.
+most models with LayerNorm every reader of the stream subtracts its mean over d_model. Where a
+forward pass shows that, we take the mean out: the model computes the same, and errors compare with
+those on centred weights. Others are left as they are. This is the only file that knows nnsight.
 """
 
 import hashlib
@@ -22,6 +22,7 @@ from transformers.utils import logging
 from tsae.text import bos_id
 
 VERSION = 1  # of residuals: raise it when the same model and tokens give something else
+DTYPES = ("float32", "bfloat16", "float16")
 Patch = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # x (m, d), t (m,) -> x_hat (m, d)
 
 
@@ -49,8 +50,9 @@ class LM:
     def __init__(self, model: nn.Module, tokenizer, name: str = ""):
         self.model, self.tokenizer = model.eval().requires_grad_(False), tokenizer
         self.name = name or type(model).__name__
-        config = model.config.get_text_config()
-        self.n_layers, self.d_model = config.num_hidden_layers, config.hidden_size
+        config = model.config.get_text_config(decoder=True)
+        self.n_layers = getattr(config, "decoder_layers", None) or config.num_hidden_layers
+        self.d_model = config.hidden_size
         self.max_context = getattr(config, "max_position_embeddings", None) or 10**9
         self.vocabulary = model.get_input_embeddings().num_embeddings
         self.bos = bos_id(tokenizer)
@@ -60,10 +62,39 @@ class LM:
         if path is None:
             raise ValueError(f"{self.name} has no list of {self.n_layers} blocks to read: only "
                              "decoder-only transformers of the usual build are supported")
-        first_block = model.get_submodule(path)[0]
-        self.centred = any(isinstance(module, nn.LayerNorm) for module in first_block.modules())
+        if (largest := max(tokenizer.get_vocab().values())) >= self.vocabulary:
+            raise ValueError(f"the tokenizer gives ids up to {largest}, the embedding of "
+                             f"{self.name} has {self.vocabulary} rows: take this model's tokenizer")
         self.traced = NNsight(model)
         self.blocks = self.traced.get(path)
+        self.centred = False
+        self._look(model.get_submodule(path)[0])
+
+    @torch.no_grad()
+    def _look(self, block: nn.Module) -> None:
+        """Small forward passes tell whether the model is causal (else ValueError), what its blocks
+        return, and, where they have LayerNorm, whether centring is free.
+        """
+        returned = []
+        handle = block.register_forward_hook(lambda *given: returned.append(given[-1]))
+        tokens = torch.arange(12).view(2, 6) % self.vocabulary
+        tokens[1, :5] = tokens[0, :5]  # rows that differ in their last token
+        tokens = tokens.to(self.device)
+        logs = self.model(input_ids=tokens, use_cache=False).logits.float().log_softmax(-1)
+        handle.remove()
+        near = max(1e-4, 30 * torch.finfo(self.model.dtype).eps)  # nats
+        if not torch.allclose(logs[0, :5], logs[1, :5], rtol=0, atol=near):
+            raise ValueError(f"{self.name} sees later tokens: a causal language model was expected")
+        kind = type(returned[0])  # others beside the stream are for caches and weights of attention
+        self.wrapped = (kind, len(returned[0])) if kind in (tuple, list) else None
+        if any(isinstance(module, nn.LayerNorm) for module in block.modules()):
+            with self.traced.trace(input_ids=tokens, use_cache=False):
+                for each in self.blocks:
+                    x = each.input
+                    each.input = x - x.mean(-1, keepdim=True)
+                centred = self.traced.output.logits.save()
+            centred = centred.float().log_softmax(-1)
+            self.centred = torch.allclose(centred, logs, rtol=0, atol=near)
 
     @property
     def device(self) -> torch.device:
@@ -134,11 +165,16 @@ class LM:
         `patch(x) -> x_hat` replaces the residuals x (m, d) at the positions `where`, any index of
         (b, T). Given the `residuals` (b, T, d) at that layer, the blocks below are skipped.
         """
-        extra = dict(logits_to_keep=columns) if columns else {}
+        extra, whole = dict(logits_to_keep=columns) if columns else {}, None
+        if residuals is not None:  # in the shape that a block returns
+            whole = residuals.to(self.model.dtype)
+            if self.wrapped:
+                kind, parts = self.wrapped
+                whole = kind([whole, *[None] * (parts - 1)])
         with self.traced.trace(input_ids=tokens, use_cache=False, **extra):
             if residuals is not None:
                 for below in range(layer):
-                    self.blocks[below].skip(residuals.to(self.model.dtype))
+                    self.blocks[below].skip(whole)
             if patch is not None:
                 x = self.blocks[layer].input
                 patched = self._centre(x.float())
@@ -234,18 +270,30 @@ def load(model: str, bos_token: str = "", device: str = "auto", dtype: str = "fl
     path = str(folder) if folder.is_dir() else model
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    elif device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"the device {device!r} was asked for, and torch finds no GPU: give cpu")
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype is {dtype!r}: expected one of {', '.join(DTYPES)}")
     logging.disable_progress_bar()
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-        network = AutoModelForCausalLM.from_pretrained(
-            path, dtype=getattr(torch, dtype), use_safetensors=True,
-            trust_remote_code=trust_remote_code)
+        network, report = AutoModelForCausalLM.from_pretrained(
+            path, dtype=getattr(torch, dtype), use_safetensors=True, output_loading_info=True,
+            ignore_mismatched_sizes=True, trust_remote_code=trust_remote_code)
     except Exception as error:  # many types stand for "not there", "no network", "damaged"
         said = f"{type(error).__name__}: {str(error).splitlines()[0]}"
         raise ValueError(
             f"the model {path!r} could not be loaded as a causal LM with its tokenizer ({said}): "
             "give a folder in Hugging Face format with safetensors weights, or a hub name that "
             "this machine can reach") from error
+    lacking = sorted({*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])})
+    if lacking:
+        raise ValueError(f"the checkpoint of {path} has no fitting weights for "
+                         f"{', '.join(lacking[:5])} ({len(lacking)} in all), which would be random "
+                         "numbers: take a whole checkpoint of this architecture")
+    if not tokenizer("a", add_special_tokens=False)["input_ids"]:
+        raise ValueError(f"{path} holds no tokenizer that reads text: copy the tokenizer files of "
+                         "the model there too")
     if bos_token:
         if bos_token not in tokenizer.get_vocab():
             raise ValueError(f"`bos_token` is {bos_token!r}, which is no token of {path}")
