@@ -96,7 +96,10 @@ def tsae(case, source):
         if case["active"]:
             pre = model.preactivations(batches(case, 1)[0][0])
             bar = pre.flatten().topk(case["active"] * len(pre)).values[-1]
-            model.log_threshold.fill_(bar.log()) if case["kind"] == "jumprelu" else model.b_enc.fill_(-bar)
+            if case["kind"] == "jumprelu":
+                model.log_threshold.fill_(bar.log())
+            else:
+                model.b_enc.fill_(-bar)
     train.fit(model, source, FOR_EVER, lr=1e-4, sparsity=1e-3, quick=True,
               dead_after_tokens=2 * case["batch"] if off else 10_000_000)
 

@@ -1,6 +1,10 @@
 """The house rules that a machine can keep: imports go down, functions are short, notebooks are clean, figures real."""
 
 import ast
+import os
+import re
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -60,8 +64,26 @@ def climbing(sources: dict[str, str]) -> list[str]:
 
 
 def sources() -> dict[str, str]:
-    files = {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for path in PACKAGE.rglob("*.py")}
-    return {name: path.read_text() for name, path in files.items() if not name.endswith("__init__")}
+    files = {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for path in PACKAGE.rglob("*.py")
+             if path.name != "__init__.py"}
+    return {name: path.read_text() for name, path in files.items()}
+
+
+def test_a_room_holds_its_files_only():
+    """What a room's __init__ imports would be imported with each of its files: it has a docstring, no more."""
+    rooms = {path.parent.relative_to(PACKAGE): path.read_text() for path in PACKAGE.rglob("__init__.py")}
+    assert {str(room).strip(".") for room in rooms} == set(ROOMS)
+    for room, source in rooms.items():
+        assert [type(node) for node in ast.parse(source).body] == [ast.Expr], room
+
+
+def test_nothing_is_imported_by_the_back_door():
+    """Neither the command, nor by a name that is worked out."""
+    for module, source in sources().items():
+        assert not {name for name in imported(source) if name.endswith("__main__")}, module
+        assert "__import__(" not in source and "exec(" not in source, module
+        named = re.findall(r"importlib\.import_module\((.*)\)", source)
+        assert named in ([], ['"torch._dynamo"']), module
 
 
 def test_every_file_has_a_place_and_imports_only_go_down():
@@ -87,7 +109,8 @@ def test_a_planted_circle_is_found():
 
 
 def test_one_file_knows_nnsight():
-    assert [module for module, source in sources().items() if "nnsight" in imported(source)] == ["lm"]
+    roots = {module: {name.split(".")[0] for name in imported(source)} for module, source in sources().items()}
+    assert [module for module, names in roots.items() if "nnsight" in names] == ["lm"]
 
 
 def test_the_model_and_its_kernels_stand_alone():
@@ -97,11 +120,22 @@ def test_the_model_and_its_kernels_stand_alone():
         assert outside <= {"torch", "safetensors", "numpy", "triton"} | set(sys.stdlib_module_names)
 
 
+def test_the_model_runs_where_it_was_copied_to(tmp_path):
+    (tmp_path / "tsae").mkdir()
+    for name in ("sae", "kernels", "gpu"):
+        shutil.copy(PACKAGE / f"{name}.py", tmp_path / "tsae")
+    work = ("import torch, tsae.sae as sae\ns = sae.SAE(8, 16, k=2).start(torch.zeros(8))\n"
+            "print(sae.__file__, tuple(s(torch.randn(3, 8)).shape))")
+    done = subprocess.run([sys.executable, "-c", work], cwd=tmp_path, env=os.environ | dict(PYTHONPATH=str(tmp_path)),
+                          capture_output=True, text=True)
+    assert done.stdout == f"{tmp_path / 'tsae/sae.py'} (3, 8)\n", done.stderr
+
+
 def test_lines_and_functions_are_short():
     for module, source in sources().items():
         assert max(map(len, source.splitlines())) <= 100, module
         for node in ast.walk(ast.parse(source)):
-            if isinstance(node, ast.FunctionDef):
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
                 assert node.end_lineno - node.lineno < 60, f"{module}: {node.name}"
 
 
@@ -133,7 +167,10 @@ def test_a_parameter_means_the_same_everywhere():
 def test_presets_name_real_parameters(path):
     settings = yaml.safe_load(path.read_text()) or {}
     settings.pop("only", None)
-    command.check(settings, {notebook.name: command.declared(notebook) for notebook in NOTEBOOKS})
+    known = {notebook.name: command.declared(notebook) for notebook in NOTEBOOKS}
+    assert command.check(settings, known) is None
+    with pytest.raises(SystemExit, match="no notebook has a parameter 'n_featurs': did you mean 'n_features'"):
+        command.check(settings | dict(n_featurs=1), known)
 
 
 def test_results_are_those_of_their_manifest():

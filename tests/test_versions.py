@@ -13,13 +13,14 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from conftest import byte_tokenizer
 from scipy.sparse import random_array
 
 from tsae import __main__ as command
-from tsae import evaluate, lm, store, text, train
+from tsae import evaluate, features, kernels, lm, store, text, train
 from tsae.pairs import prepare
 from tsae.sae import SAE
 from tsae.scoring import heldout, scores
@@ -50,11 +51,19 @@ def numbers(**tensors: torch.Tensor) -> dict[str, float]:
 def test_residuals_are_those_of_their_version(tiny_gpt2):
     tokens = torch.arange(1, 13).view(2, 6)
     check("residuals", lm.VERSION, numbers(residuals=tiny_gpt2.residuals(tokens, [2])[2], unigrams=tiny_gpt2.unigrams(1)))
+    shifted = tiny_gpt2.tail(tokens, 1)(lambda x, t: x + 1.0 * (torch.arange(16) == 3))
+    check("nats", command.VERSION, numbers(nats=tiny_gpt2.nats(tokens)) | dict(shifted=shifted))
     assert tiny_gpt2.keep(torch.tensor([[0, 5, 0, 7]])).tolist() == [[False, True, False, True]]
 
 
 def test_kept_statistics_are_those_of_their_version(data):
     check("statistics", prepare.VERSION, numbers(**data.stats))
+
+
+def test_documents_are_those_of_their_version(tmp_path):
+    (tmp_path / "a.txt").write_text("\n\n".join(f"Paragraph {i}. " + "words and more " * (i % 40) for i in range(120)))
+    found = list(text.documents(str(tmp_path / "a.txt")))
+    check("documents", text.VERSION, dict(number=len(found), characters=sum(map(len, found)), first=len(found[0])))
 
 
 def test_tokens_are_those_of_their_version():
@@ -63,23 +72,60 @@ def test_tokens_are_those_of_their_version():
     check("tokens", text.VERSION, numbers(**rows))
 
 
-@pytest.mark.parametrize("activation", ["relu", "topk", "batchtopk", "jumprelu", "gated"])
-def test_trained_saes_are_those_of_their_version(activation):
+def small_data():
+    """Batches x (40, 32, 12), t (40, 32) of noise around a vector a token, their statistics, and unigrams."""
     generator = torch.Generator().manual_seed(0)
     t = torch.randint(9, (40, 32), generator=generator)
     x = torch.randn(9, 12, generator=generator)[t] + 0.5 * torch.randn(40, 32, 12, generator=generator)
-    unigrams, stats = x[0, :9], dict(mean=x.mean((0, 1)), scale=x.std(), count=torch.bincount(t.flatten(), minlength=9),
-                                     sum=torch.zeros(9, 12).index_add_(0, t.flatten(), x.flatten(0, 1)))
+    count, total = torch.bincount(t.flatten(), minlength=9), torch.zeros(9, 12).index_add_(0, t.flatten(), x.flatten(0, 1))
+    return x, t, dict(mean=x.mean((0, 1)), scale=x.std(), count=count, sum=total), x[0, :9]
+
+
+def trained(activation: str, recipe: dict, lookup: str = "learned", spike: float = 1.0, quick: bool = False, **how):
+    """An SAE and its history, on small_data with one batch `spike` times as large."""
+    x, t, stats, unigrams = small_data()
+    x[20] *= spike
+    sae = train.build(stats, unigrams, recipe, activation, 24, 3, lookup, seed=1)
+    history = train.fit(sae, zip(x, t), 40 * 32, quick, sparsity=0.1, dead_after_tokens=200,
+                        **(train.learning(recipe, 0.01) | how))
+    return sae, history, numbers(a_hat=sae(x[1], t[1]), decoder=sae.W_dec)
+
+
+@pytest.mark.parametrize("activation", ["relu", "topk", "batchtopk", "jumprelu", "gated"])
+def test_trained_saes_are_those_of_their_version(activation):
     found = {}
-    for recipe in train.RECIPES:
-        sae = train.build(stats, unigrams, train.RECIPES[recipe], activation, 24, 3, "learned", seed=1)
-        train.fit(sae, zip(x, t), 40 * 32, sparsity=0.1, dead_after_tokens=200, **train.learning(train.RECIPES[recipe], 0.01))
-        found |= numbers(**{f"{recipe} a_hat": sae(x[1], t[1]), f"{recipe} table": sae.W_lookup})
+    for name, recipe in train.RECIPES.items():
+        sae, _, sums = trained(activation, recipe)
+        found |= {f"{name} {key}": value for key, value in (sums | numbers(table=sae.W_lookup)).items()}
     check(f"{activation} SAEs", train.VERSION, found)
 
 
+@pytest.mark.filterwarnings("ignore:the loss of .* jumps:RuntimeWarning")
+@pytest.mark.parametrize("name, changes", {
+    "quick": dict(quick=True), "rest": dict(encoder_sees="rest"), "mean": dict(start="mean", table_scale=1.0),
+    "frozen": dict(lookup="frozen"), "none": dict(lookup="none"), "spike": dict(spike=30.0)}.items())
+def test_ways_of_training_are_those_of_their_version(name, changes):
+    own = {key: changes[key] for key in ("quick", "lookup", "spike") if key in changes}
+    recipe = train.RECIPES["ours"] | {key: value for key, value in changes.items() if key not in own}
+    _, history, sums = trained("topk", recipe, checks=3, log_every_tokens=300, check=lambda sae: dict(k=sae.k), **own)
+    lines = {f"{column} {i}": value for i, row in enumerate(history.drop(columns="k").to_dict("records"))
+             for column, value in row.items()}
+    if name == "quick":  # products rounded to 8 bits differ from one processor to the next
+        assert sums == pytest.approx(trained("topk", recipe)[2], rel=0.2, abs=2.0) and kernels_are_quick_inside()
+    else:
+        check(f"{name} SAE", train.VERSION, sums | lines | dict(checked=int(history["k"].notna().sum())))
+
+
+def kernels_are_quick_inside() -> bool:
+    """Whether quick products round, and others do not."""
+    a, b = torch.full((64, 64), 1.001), torch.eye(64)
+    with kernels.quick_products(True):
+        rounded = kernels.product(a, b)
+    return bool((rounded == 1.0).all()) and bool((kernels.product(a, b) > 1.0005).all())
+
+
 def test_results_of_notebooks_are_those_of_their_version():
-    """What the notebooks compute, but for what is tested above: metrics and scores."""
+    """Metrics, summaries, features, and scores on small inputs. Effects, and comparisons, have oracles of their own."""
     sae, generator = SAE(12, 24, "topk", 3, 9, "learned"), torch.Generator().manual_seed(2)
     sae.start(torch.zeros(12), torch.randn(9, 12, generator=generator), seed=2)
     x, t = torch.randn(64, 12, generator=generator), torch.randint(9, (64,), generator=generator)
@@ -89,6 +135,18 @@ def test_results_of_notebooks_are_those_of_their_version():
     codes = random_array((40 * 19, 8), density=0.1, format="csc", dtype=np.float32, rng=np.random.default_rng(0))
     table = scores.scored(codes, on).select_dtypes("number")
     check("results", command.VERSION, evaluate.reconstruction(sae, x, t) | table.mean().to_dict())
+    frame = pd.DataFrame(dict(kind=list("aabb"), y=[1.0, 2.0, 4.0, 7.0]))
+    summary = evaluate.summarise(frame, ["kind"], ["y"])
+    response, scanned = features.respond(sae, x[:20], t[:20], [0.0, 1.0]), features.scan(sae, x, t)
+    overlap = features.overlap(response, scanned, t[:20].numpy(), t.numpy())
+    grams, counts = features.grams(rows, rows > 0, 2)
+    front = evaluate.l0_at_equal([2, 4, 8], [0.3, 0.2, 0.1], 0.15), evaluate.error_at_equal([2, 4, 8], [0.3, 0.2, 0.1], 5)
+    tokens = evaluate.tokens_to_reach([10, 100, 1000], [3.0, 2.0, 1.0], 1.5)
+    drawn = evaluate.bootstrap(np.mean, [np.arange(5.0), np.arange(3.0)], draws=200)
+    check("summaries", command.VERSION, overlap | numbers(
+        summary=torch.tensor(summary[["value", "low", "high"]].to_numpy()), above=torch.tensor(response.above),
+        counts=torch.tensor(counts.copy()), others=torch.tensor([*front, tokens, *drawn, evaluate.ce_added(3.0, 2.0),
+                                                                 evaluate.ce_recovered(3.0, 2.0, 5.0)])))
 
 
 WORK = """

@@ -5,6 +5,7 @@ import ast
 import difflib
 import json
 import os
+import re
 import shutil
 import sys
 import time
@@ -16,8 +17,9 @@ import yaml
 from tsae import readme, store
 
 NOTEBOOKS = store.ROOT / "notebooks"
+SOURCE = Path(__file__).parent
 BENCHMARK = "tests.bench"
-VERSION = 1  # of finished notebooks: raise it when the package gives them other results
+VERSION = 1  # of finished notebooks: raise it when metrics or scores give other results
 
 
 def declared(notebook: Path) -> dict[str, object]:
@@ -68,11 +70,14 @@ def run(notebook: Path, parameters: dict[str, object], folder: Path, tables: dic
         label: str) -> None:
     """Execute a notebook into `folder`/notebooks, unless that was done with the same inputs.
 
-    Inputs are its code, its parameters but for where the run lies, the `tables` it reads (name:
-    digest), and VERSION. A finished run that was moved or copied is still finished.
+    Inputs are its code, its parameters but for where the run lies, what lies at those that are
+    paths, the `tables` it reads (name: digest), and every VERSION of the package. A finished run
+    that was moved or copied is still finished.
     """
     own = {name: value for name, value in parameters.items() if name != "run_name"}
-    key = store.key(notebook=code_of(notebook), parameters=own, version=VERSION, tables=tables)
+    files = {name: stamp(str(own[name])) for name in ("corpus", "model") if name in own}
+    key = store.key(notebook=code_of(notebook), parameters=own, versions=versions(), files=files,
+                    tables=tables)
     done, executed = folder / f"done/{notebook.stem}.json", folder / "notebooks" / notebook.name
     if done.is_file() and executed.is_file() and store.read_json(done)["key"] == key:
         print(f"{label}  done before", flush=True)
@@ -86,6 +91,21 @@ def run(notebook: Path, parameters: dict[str, object], folder: Path, tables: dic
     seconds = time.monotonic() - started
     store.write_json(done, dict(key=key, parameters=own, seconds=round(seconds, 1)))
     print(f"{label}  done in {seconds:.0f} s", flush=True)
+
+
+def versions() -> dict[str, str]:
+    """The VERSION of each file that has one, read without loading the files."""
+    line = re.compile(r"^(?:\w+, )?VERSION = (?:.*, )?(\d+)", re.M)
+    found = {path: line.search(path.read_text(encoding="utf-8")) for path in SOURCE.rglob("*.py")}
+    return {path.relative_to(SOURCE).as_posix(): match[1] for path, match in found.items() if match}
+
+
+def stamp(place: str) -> list[tuple[str, int, int]]:
+    """Name, size and time of the files at a local path; nothing where there are none."""
+    path = Path(place).expanduser()
+    files = sorted(path.rglob("*")) if path.is_dir() else [path]
+    return [(file.name, file.stat().st_size, file.stat().st_mtime_ns)
+            for file in files if file.is_file()]
 
 
 def manifest_of(folder: Path) -> dict[str, dict]:
@@ -112,13 +132,17 @@ def publish(folder: Path) -> None:
     A manifest ties the two. Tables of the benchmark, which no notebook makes, stay.
     """
     results, figures = store.DATA / "results", store.ROOT / "figures"
-    of_benchmark = {name: line for name, line in manifest_of(results).items()
-                    if line["notebook"] == BENCHMARK}
+    published, made = manifest_of(results), manifest_of(folder / "tables")
+    of_benchmark = {name: line for name, line in published.items() if line["notebook"] == BENCHMARK}
+    lacking = sorted(published.keys() - of_benchmark.keys() - made.keys())
+    if lacking:
+        raise SystemExit(f"{folder} lacks {', '.join(lacking)}, which the README shows: run all "
+                         "notebooks before --publish")
     for part, place, pattern in (("tables", results, "*.csv"), ("figures", figures, "*.png")):
         for file in sorted((folder / part).glob(pattern)):
             with store.replacing(place / file.name) as temporary:
                 shutil.copyfile(file, temporary)
-    store.write_json(results / "manifest.json", of_benchmark | manifest_of(folder / "tables"))
+    store.write_json(results / "manifest.json", of_benchmark | made)
     readme.tie()
 
 

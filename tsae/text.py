@@ -233,6 +233,8 @@ def pack(texts: Iterable[str], tokenizer, context: int, train_tokens: int, valid
     Returns {"train": (N, context) int32, "validation": (M, context) int32}. Reading stops when both
     have the tokens asked for (0: all there are). ValueError when a side has not even one row.
     """
+    if context < 2:
+        raise ValueError(f"context is {context}: a row holds BOS and 1 token or more")
     bos = bos_id(tokenizer)
     wanted = {"train": train_tokens, "validation": validation_tokens}
     streams = {name: array("i") for name in wanted}

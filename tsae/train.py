@@ -109,10 +109,13 @@ class Run:
                  checks: int = 0, log_every_tokens: int = 50_000, seed: int | None = None,
                  exchange: Alone = Alone()):
         learning_rate(0.0, schedule, last_lr)  # an unknown schedule is refused here
+        if tokens < 1:
+            raise ValueError(f"training on {tokens} tokens was asked for: expected 1 or more")
         self.settings = sae.config | dict(
             tokens=tokens, lr=lr, table_lr=table_lr, schedule=schedule, last_lr=last_lr,
             sparsity=sparsity, sparsity_warmup=sparsity_warmup, dead_after_tokens=dead_after_tokens,
-            aux_weight=aux_weight, checks=checks, log_every_tokens=log_every_tokens, seed=seed)
+            aux_weight=aux_weight, checks=checks, log_every_tokens=log_every_tokens, seed=seed,
+            version=VERSION)
         which = "" if seed is None else f", seed {seed}"
         self.name = f"{sae.activation} SAE (n {sae.n}, k {sae.k}, lookup {sae.lookup}{which})"
         self.sae, self.tokens, self.schedule, self.last_lr = sae.train(), tokens, schedule, last_lr
@@ -152,7 +155,7 @@ class Run:
         dead = self.silent >= self.dead_after_tokens
         out = self.sae.loss(x, t, sparsity, dead, self.aux_weight, self.exchange.kth_largest)
         self._refuse_nan(out["loss"])
-        torch.autograd.backward(out["loss"])  # nnsight's own Tensor.backward works in no thread
+        torch.autograd.backward(out["loss"])  # where a library replaces Tensor.backward, not this
         fired, loss = self.exchange.share(self.sae, out["fired"], out["loss"])
         self._soften(loss)
         for optimiser, _ in self.optimisers:

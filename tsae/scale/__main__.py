@@ -87,7 +87,8 @@ def train_one(options: argparse.Namespace, device: str) -> None:
 
 
 def _settings(options: argparse.Namespace) -> dict[str, str]:
-    return {name: str(value) for name, value in vars(options).items() if name not in LAYOUT}
+    own = {name: str(value) for name, value in vars(options).items() if name not in LAYOUT}
+    return own | dict(version=str(train.VERSION))
 
 
 def _trained_before(options: argparse.Namespace) -> bool:

@@ -41,6 +41,7 @@ def sweep(folder: Path, data: Data, jobs: list[dict], memory_gb: float = 4.0,
     planned, whatever `memory_gb` is now. Raises ValueError for a job that cannot fit, or for an
     unknown recipe or change.
     """
+    folder = Path(folder)
     jobs = [_Job(folder, data, **job) for job in jobs]
     known = {job.place.name: job for job in jobs}
     begun = _begun(folder, known)
