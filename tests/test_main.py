@@ -100,6 +100,33 @@ def test_notebooks_run_in_order_and_once(house, capsys):
     assert (house / "ran.txt").read_text() == "4 1\na True\nb True\n"
 
 
+def test_a_raised_version_and_another_corpus_run_a_notebook_again(tmp_path, monkeypatch, capsys):
+    """What a finished notebook is named by, beside its parameters."""
+    monkeypatch.setattr(command.papermill, "execute_notebook", lambda _, out, *a, **k: open(out, "w").close())
+    notebook, corpus = tmp_path / "01_a.ipynb", tmp_path / "words.txt"
+    notebook.write_text(json.dumps(dict(cells=[])))
+    corpus.write_text("one")
+
+    def ran() -> bool:
+        command.run(notebook, dict(corpus=str(corpus), run_name="anywhere"), tmp_path / "run", {}, "a")
+        return "running" in capsys.readouterr().out
+
+    assert ran() and not ran()
+    corpus.write_text("another")
+    assert ran() and not ran()
+    known = command.versions()
+    assert {"lm.py", "train.py", "text.py", "__main__.py", "pairs/prepare.py", "pairs/shards.py"} == set(known)
+    for name in known:
+        monkeypatch.setattr(command, "versions", lambda name=name: known | {name: "99"})
+        assert ran() and not ran(), name
+
+
+def test_a_partial_run_is_not_published(tmp_path):
+    store.write_json(tmp_path / "tables/manifest.json", {"norms.csv": dict(notebook="01_activation_stats")})
+    with pytest.raises(SystemExit, match="lacks .*fronts.csv.* run all notebooks before --publish"):
+        command.publish(tmp_path)
+
+
 @pytest.mark.parametrize("assignment, words", [
     ("sise=4", "no notebook has a parameter 'sise': did you mean 'size'"), ("size=four", "size is 'four', a str: expected int"),
     ("flag=1", "expected bool"), ("size", "name=value")])

@@ -393,3 +393,9 @@ def test_a_local_folder_in_hub_layout_gives_its_split(tmp_path):
     (tmp_path / "README.md").write_text("---\nlicense: mit\n---\n")
     assert list(text.documents(str(tmp_path))) == ["seen 0", "seen 1", "seen 2"]
     assert list(text.documents(str(tmp_path), split="test")) == ["unseen 0", "unseen 1", "unseen 2"]
+
+
+@pytest.mark.parametrize("context", [0, 1])
+def test_a_row_needs_room_for_a_token(context):
+    with pytest.raises(ValueError, match=f"context is {context}: a row holds BOS and 1 token or more"):
+        text.pack(["words"], byte_tokenizer(), context, 0, 0)

@@ -179,6 +179,8 @@ def test_failures_of_training_get_a_sentence():
     x, t, _ = planted(100)
     with pytest.raises(ValueError, match="1000 tokens.*ended after 100"):
         train.fit(started(), iter([(x, t)]), 1000)
+    with pytest.raises(ValueError, match="training on 0 tokens was asked for"):
+        train.Run(started(), 0)
     before = state(sae := started())
     with pytest.raises(FloatingPointError, match="nan after 0 tokens.*lower `lr`"):
         train.fit(sae, iter([(x * float("nan"), t)]), 100)

@@ -75,7 +75,7 @@ def run(notebook: Path, parameters: dict[str, object], folder: Path, tables: dic
     that was moved or copied is still finished.
     """
     own = {name: value for name, value in parameters.items() if name != "run_name"}
-    files = {name: stamp(str(own[name])) for name in ("corpus", "model") if name in own}
+    files = {name: store.stamp(str(own[name])) for name in ("corpus", "model") if name in own}
     key = store.key(notebook=code_of(notebook), parameters=own, versions=versions(), files=files,
                     tables=tables)
     done, executed = folder / f"done/{notebook.stem}.json", folder / "notebooks" / notebook.name
@@ -98,14 +98,6 @@ def versions() -> dict[str, str]:
     line = re.compile(r"^(?:\w+, )?VERSION = (?:.*, )?(\d+)", re.M)
     found = {path: line.search(path.read_text(encoding="utf-8")) for path in SOURCE.rglob("*.py")}
     return {path.relative_to(SOURCE).as_posix(): match[1] for path, match in found.items() if match}
-
-
-def stamp(place: str) -> list[tuple[str, int, int]]:
-    """Name, size and time of the files at a local path; nothing where there are none."""
-    path = Path(place).expanduser()
-    files = sorted(path.rglob("*")) if path.is_dir() else [path]
-    return [(file.name, file.stat().st_size, file.stat().st_mtime_ns)
-            for file in files if file.is_file()]
 
 
 def manifest_of(folder: Path) -> dict[str, dict]:

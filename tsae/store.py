@@ -137,6 +137,14 @@ def _content(tensors: dict[str, torch.Tensor]) -> str:
     return state.hexdigest()
 
 
+def stamp(place: str) -> list[tuple[str, int, int]]:
+    """Name, size and time of each file at a local path; nothing where there is none."""
+    path = Path(place).expanduser()
+    files = sorted(path.rglob("*")) if path.is_dir() else [path]
+    return [(str(file.relative_to(path)), file.stat().st_size, file.stat().st_mtime_ns)
+            for file in files if file.is_file()]
+
+
 def digest(path: str | Path) -> str:
     """sha256 of a file's bytes, as hex."""
     with open(path, "rb") as file:

@@ -114,7 +114,8 @@ def documents(corpus: str, split: str = "train", column: str = "text") -> Iterat
     if path.is_file():
         return _from_file(path, column)
     if path.is_dir():
-        files = [file for file in _files(path) if file.suffix in SUFFIXES]
+        files = [file for file in sorted(path.rglob("*")) if file.suffix in SUFFIXES]
+        files = [file for file in files if file.is_file()]
         if not files:
             raise ValueError(f"the folder {corpus!r} holds no file that ends in {ENDINGS}")
         of_split = [file for file in files if file.name.startswith((f"{split}-", f"{split}."))]
@@ -122,11 +123,6 @@ def documents(corpus: str, split: str = "train", column: str = "text") -> Iterat
     if path.suffix in SUFFIXES or corpus.startswith((".", "/", "~")):
         raise FileNotFoundError(f"there is no corpus file or folder {corpus!r}")
     return _texts(_from_hub(corpus, split), corpus, column)
-
-
-def _files(path: Path) -> list[Path]:
-    """The files of a folder, in order; a file itself; none for what is not there."""
-    return [file for file in (path, *sorted(path.rglob("*"))) if file.is_file()]
 
 
 def _from_hub(corpus: str, split: str) -> Iterator[dict]:
@@ -275,8 +271,7 @@ def tokens(corpus: str, tokenizer, context: int, train_tokens: int, validation_t
         rows = tokens(corpus, tokenizer, context, 0, 0, validation_share, split, column)
         _say_short(corpus, rows, validation=validation_tokens)
         return rows | dict(validation=rows["validation"][:math.ceil(validation_tokens / context)])
-    files = [(file.resolve(), file.stat()) for file in _files(Path(corpus).expanduser())]
-    stamp = [(str(file), about.st_size, about.st_mtime_ns) for file, about in files]
+    stamp = store.stamp(corpus)
     if corpus == DOCSTRINGS:
         stamp = {name: version(name) for name in PACKAGES}
     backend = getattr(tokenizer, "backend_tokenizer", None)
