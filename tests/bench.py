@@ -1,6 +1,6 @@
 """What training costs: `python -m tests.bench [step extraction storing sweep gpu] [--peers] [--full]`.
 
-Prints a table for each part and writes it to data/results (or --out) with its line in the manifest there. Without
+Prints a table for each part and writes it to data/results/bench (or --out) with its line in the manifest there. Without
 names: all parts. `--full` adds the grid of sizes and takes the promised ones (a store of 2 million rows), `--peers`
 adds the other trainers, each from the package index in an environment of its own with the torch version of this one.
 
@@ -374,7 +374,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--turn", type=float, default=3.0, help="seconds of one contender's turn")
     parser.add_argument("--limit", type=float, default=600.0, help="seconds that one contender of a cell may take")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--out", type=Path, default=store.DATA / "results")
+    parser.add_argument("--out", type=Path, default=store.DATA / "results" / "bench")
     parser.add_argument("--vocabulary", type=int, default=50257, help="rows of the lookup table")
     parser.add_argument("--positions", type=int, help="rows of the activation store")
     parser.add_argument("--tokens", type=int, default=1 << 17, help="training tokens of each SAE of the sweep")
@@ -398,9 +398,9 @@ def main(arguments: list[str] | None = None) -> None:
             shown = [column for column in SHOWN if column in table] if "cell" in table else list(table)
             print(table[shown].to_string(index=False, na_rep="", float_format="{:.3g}".format), flush=True)
             record(options.out, f"bench_{part}", table, **about, peers=options.peers, full=options.full)
-            if part == "step" and options.full and options.out == store.DATA / "results":
+            if part == "step" and options.full and options.out == store.DATA / "results" / "bench":
                 picture.write_picture(plots.cost(table), store.ROOT / "figures" / "cost.png")
-    if options.out == store.DATA / "results" and not options.child:
+    if options.out == store.DATA / "results" / "bench" and not options.child:
         readme.tie()
 
 

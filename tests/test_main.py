@@ -124,7 +124,7 @@ def test_a_raised_version_and_another_corpus_run_a_notebook_again(tmp_path, monk
 def test_a_partial_run_is_not_published(tmp_path):
     store.write_json(tmp_path / "tables/manifest.json", {"norms.csv": dict(notebook="01_activation_stats")})
     with pytest.raises(SystemExit, match="lacks .*fronts.csv.* run all notebooks before --publish"):
-        command.publish(tmp_path)
+        command.publish(tmp_path, "embedded")
 
 
 @pytest.mark.parametrize("assignment, words", [

@@ -102,7 +102,6 @@ def test_a_key_is_a_function_of_the_parameters_and_not_of_their_order():
 
 
 def test_places(tmp_path):
-    assert store.model_path("embedded") == str(store.EMBEDDED) and store.model_path("owner/name") == "owner/name"
     assert store.run_folder("smoke") == store.DATA / "runs" / "smoke" and store.run_folder(str(tmp_path)) == tmp_path
     inputs = dict(model="embedded", corpus="docstrings")
     assert store.run_folder("", **inputs) == store.run_folder("", corpus="docstrings") == store.DATA / "runs" / "embedded"

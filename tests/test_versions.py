@@ -78,7 +78,7 @@ def small_data():
     t = torch.randint(9, (40, 32), generator=generator)
     x = torch.randn(9, 12, generator=generator)[t] + 0.5 * torch.randn(40, 32, 12, generator=generator)
     count, total = torch.bincount(t.flatten(), minlength=9), torch.zeros(9, 12).index_add_(0, t.flatten(), x.flatten(0, 1))
-    return x, t, dict(mean=x.mean((0, 1)), scale=x.std(), count=count, sum=total), x[0, :9]
+    return x, t, dict(mean=x.mean((0, 1)), scale=x.std(), count=count, sum=total, limit=float("inf")), x[0, :9]
 
 
 def trained(activation: str, recipe: dict, lookup: str = "learned", spike: float = 1.0, quick: bool = False, **how):

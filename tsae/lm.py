@@ -4,13 +4,16 @@ The residual stream at layer L is the input of block L (resid_pre), for L in 0 .
 most models with LayerNorm every reader of the stream subtracts its mean over d_model. Where a
 forward pass shows that, we take the mean out: the model computes the same, and errors compare with
 those on centred weights. Others are left as they are. This is the only file that knows nnsight.
+
+Some positions become attention sinks: their norm is a hundred times the usual, and they say nothing
+of the text. Where a function takes a `limit`, positions with a larger norm do not count.
 """
 
 import hashlib
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 
 import torch
 from nnsight import NNsight
@@ -19,10 +22,11 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
+from tsae import fetch
 from tsae.text import bos_id
 
 VERSION = 1  # of residuals: raise it when the same model and tokens give something else
-DTYPES = ("float32", "bfloat16", "float16")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 Patch = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # x (m, d), t (m,) -> x_hat (m, d)
 
 
@@ -128,11 +132,15 @@ class LM:
                      lambda: self.unigrams(number), self.d_model, self.vocabulary, self.device,
                      dict(layer=number, weights=self.fingerprint, residuals=VERSION))
 
-    def keep(self, tokens: torch.Tensor) -> torch.Tensor:
-        """True (b, T) at the positions that count: not position 0, not a special token."""
+    def keep(self, tokens: torch.Tensor, x: torch.Tensor | None = None,
+             limit: float = math.inf) -> torch.Tensor:
+        """True (b, T) at the positions that count: not position 0, not a special token.
+
+        Given the residuals x (b, T, d), not a sink either: a norm over `limit`.
+        """
         kept = ~torch.isin(tokens, self.special.to(tokens))
         kept[:, 0] = False
-        return kept
+        return kept if x is None else kept & (x.norm(dim=-1) <= limit)
 
     @torch.no_grad()
     def residuals(self, tokens: torch.Tensor, layers: Sequence[int]) -> dict[int, torch.Tensor]:
@@ -185,14 +193,15 @@ class LM:
 
     @torch.no_grad()
     def nats(self, tokens: torch.Tensor, layer: int = 0, patch: Patch | None = None,
-             residuals: torch.Tensor | None = None) -> torch.Tensor:
+             residuals: torch.Tensor | None = None, limit: float = math.inf) -> torch.Tensor:
         """Cross-entropy in nats (m,) at each kept position of tokens (b, T) that has a next token.
 
         `patch(x, t) -> x_hat` replaces the residuals x (m', d) with tokens t (m',) of all kept
-        positions at `layer`. Given the `residuals` (b, T, d) there, the blocks below are skipped.
+        positions at `layer`. Given the `residuals` (b, T, d) there, the blocks below are skipped,
+        and positions with a norm over `limit` are neither patched nor counted.
         """
         tokens = self._checked(tokens, [layer])
-        kept = self.keep(tokens)
+        kept = self.keep(tokens, residuals, limit)
         replace = (lambda x: patch(x, tokens[kept])) if patch else None
         logits = self._logits(tokens, layer, residuals, kept, replace)[:, :-1].float()
         # By hand: cross_entropy would copy the logits, and keep their softmax.
@@ -217,16 +226,19 @@ class LM:
         logits = self._logits(tokens, layer, residuals, (row, column), patch, columns=T - first)
         return logits[row, column - first].float()
 
-    def tail(self, rows: torch.Tensor, layer: int) -> Callable[[Patch | None], float]:
+    def tail(self, rows: torch.Tensor, layer: int,
+             limit: float = math.inf) -> Callable[[Patch | None], float]:
         """The function patch -> mean `nats` over rows (N, T), that runs the blocks from `layer` on.
 
-        The residuals of the rows are computed once and kept in memory, (N, T, d) float32.
+        The residuals of the rows are computed once and kept in memory, (N, T, d) float32. Positions
+        with a norm over `limit` are neither patched nor counted.
         """
         known = [(part, self.residuals(part, [layer])[layer])
                  for part in _progress(self._split(rows), "activations")]
 
         def patched_nats(patch: Patch | None) -> float:
-            return torch.cat([self.nats(part, layer, patch, x) for part, x in known]).mean().item()
+            each = [self.nats(part, layer, patch, x, limit) for part, x in known]
+            return torch.cat(each).mean().item()
 
         return patched_nats
 
@@ -257,23 +269,31 @@ def _progress(parts: Sequence, label: str) -> Iterator:
     return tqdm(parts, label, leave=False, disable=len(parts) < 20)
 
 
+def native_bfloat16(device: str) -> bool:
+    """Whether the processor, or the GPU, multiplies bfloat16 itself."""
+    if device.startswith("cuda"):
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    able = torch.cpu.get_capabilities()
+    return any(able.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+
+
 def load(model: str, bos_token: str = "", device: str = "auto", dtype: str = "float32",
          trust_remote_code: bool = False) -> LM:
-    """Load a causal LM with its tokenizer from a local folder or the Hugging Face hub.
+    """Load a causal LM with its tokenizer; `model` as in fetch.model.
 
-    `bos_token` names the token that starts every row where the tokenizer declares none. Raises
-    FileNotFoundError or ValueError for what cannot be loaded so.
+    `bos_token` names the token that starts every row where the tokenizer declares none. `dtype`
+    auto is bfloat16 where the hardware multiplies it, else float32. Raises FileNotFoundError or
+    ValueError for what cannot be loaded so.
     """
-    folder = Path(model).expanduser()
-    if model.startswith((".", "/", "~")) and not folder.is_dir():
-        raise FileNotFoundError(f"there is no model folder {model}")
-    path = str(folder) if folder.is_dir() else model
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     elif device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"the device {device!r} was asked for, and torch finds no GPU: give cpu")
     if dtype not in DTYPES:
         raise ValueError(f"dtype is {dtype!r}: expected one of {', '.join(DTYPES)}")
+    if dtype == "auto":
+        dtype = "bfloat16" if native_bfloat16(device) else "float32"
+    path = fetch.model(model)
     logging.disable_progress_bar()
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)

@@ -10,10 +10,10 @@ import plotly.graph_objects as go
 import plotly.io as pio
 from IPython.display import display
 
-from tsae.baseline import WITH, WITHOUT
+from tsae.baseline import FROZEN, WITH, WITHOUT
 from tsae.picture import HEIGHT, WIDTH, picture, write_picture
 
-COLOURS = {WITHOUT: "#6b7a8f", WITH: "#d9541e"}
+COLOURS = {WITHOUT: "#6b7a8f", WITH: "#d9541e", FROZEN: "#2b6cb0"}
 SEQUENCE = ["#2b6cb0", "#d9541e", "#2f855a", "#8a5cc2", "#b7791f", "#6b7a8f"]
 MARKERS = dict(topk="circle", batchtopk="square", relu="diamond", jumprelu="triangle-up", gated="x")
 AXIS = dict(showline=True, linecolor="#4a5568", gridcolor="#edf2f7", ticks="outside",
@@ -73,7 +73,7 @@ def _log_ticks(values: pd.Series) -> dict[str, list]:
 
 def _lines(table: pd.DataFrame, x: str, y: str, color: str = "table", **options) -> go.Figure:
     """A line for each `color`, with intervals where the table has the columns low and high."""
-    colours = COLOURS if color in ("table", "sae") else None  # the columns of WITH and WITHOUT
+    colours = COLOURS if color in ("table", "sae") else None  # the column of arms
     options = dict(markers=True, facet_col_spacing=0.08) | options
     if "high" in table:
         options |= _error_bars(table, y)

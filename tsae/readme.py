@@ -24,7 +24,7 @@ def with_interval(row: pd.Series, form: str = "{:.3f}") -> str:
 
 def sweep(results: Path) -> str:
     """TopK at every k: nmse and ce_added without and with the table, and the relative gain."""
-    fronts = store.read_table(results / "fronts.csv").query("activation == 'topk'")
+    fronts = store.read_table(results / "embedded" / "fronts.csv").query("activation == 'topk'")
     fronts = fronts.set_index(["metric", "k", "table"])
     rows = []
     for k in sorted(k for metric, k, table in fronts.index if (metric, table) == ("nmse", WITHOUT)):
@@ -40,15 +40,15 @@ def sweep(results: Path) -> str:
 
 def headline(results: Path) -> str:
     """One line a result, with the table and the notebook that it comes from."""
-    about = store.read_json(results / "manifest.json")
+    about = store.read_json(results / "embedded" / "manifest.json")
     size = about["unigram_sensitivity.csv"]["parameters"]["n_features"]
     threshold = about["unigram_classes.csv"]["parameters"]["threshold"]
-    shares = store.read_table(results / "unigram_sensitivity.csv")
+    shares = store.read_table(results / "embedded" / "unigram_sensitivity.csv")
     chosen = (shares["size"] == size) & ((shares["threshold"] - threshold).abs() < 1e-9)
     kinds = (
-        ("savings", store.read_table(results / "savings.csv"), "{:.0%}",
+        ("savings", store.read_table(results / "embedded" / "savings.csv"), "{:.0%}",
          "active features saved at the {of} of the baseline with k = {baseline_k}"),
-        ("speedups", store.read_table(results / "speedups.csv"), "{:.1f}",
+        ("speedups", store.read_table(results / "embedded" / "speedups.csv"), "{:.1f}",
          "times fewer training tokens to the baseline's final {of}, layer {layer}"),
         ("unigram_sensitivity", shares[chosen].rename(columns={"share": "value"}), "{:.1%}",
          "live features that answer to a unigram, {table}"))
@@ -62,7 +62,7 @@ def headline(results: Path) -> str:
 def evidence(results: Path) -> str:
     """The evidence table."""
     rows = []
-    for row in store.read_table(results / "evidence.csv").itertuples():
+    for row in store.read_table(results / "embedded" / "evidence.csv").itertuples():
         ours = "" if pd.isna(row.ours) else f"{row.ours}"
         if ours and not pd.isna(row.low):
             ours += f" [{row.low:.3g}, {row.high:.3g}]"
@@ -73,7 +73,7 @@ def evidence(results: Path) -> str:
 
 def cost(results: Path) -> str:
     """Time of a training step at the benchmark's base size: each trainer, the floor, the ratios."""
-    base = store.read_table(results / "bench_step.csv").query("cell == 'base'")
+    base = store.read_table(results / "bench" / "bench_step.csv").query("cell == 'base'")
     rows = []
     for row in base.itertuples():
         version = f" {row.version}" if isinstance(row.version, str) else ""
@@ -83,7 +83,7 @@ def cost(results: Path) -> str:
             "ms a step [quartiles]": f"{middle} [{low}, {high}]",
             "tokens a second": f"{row.tokens_per_second:.0f}", "times tsae's": f"{row.to_tsae:.2f}",
             "times the floor's": f"{row.to_floor:.2f}", "peak GB": f"{row.peak_gb:.1f}"})
-    about = store.read_json(results / "manifest.json")["bench_step.csv"]["parameters"]
+    about = store.read_json(results / "bench" / "manifest.json")["bench_step.csv"]["parameters"]
     form = ("d {d}, {n} features, k {k}, batch {batch}; {cpu}, {threads} threads, {capability}, "
             "torch {torch}; medians of {rounds} interleaved rounds.\n\n")
     return form.format(**dict(base.iloc[0]) | about) + markdown(rows)
@@ -100,7 +100,7 @@ def engine(results: Path) -> str:
                   "d {d}, {n} features, {tokens} tokens each, from a store of {positions} rows")}
     rows = []
     for part, (value, measured) in parts.items():
-        path = results / f"bench_{part}.csv"
+        path = results / "bench" / f"bench_{part}.csv"
         for row in store.read_table(path).to_dict("records") if path.is_file() else ():
             if row.get("contender") not in ("bare", "plain"):  # what ours is measured against
                 rows.append({"measured": measured.format(**row), "value": value.format(**row)})
@@ -126,7 +126,7 @@ def tie() -> None:
     """Write the README's tables, and the manifest that ties the figures to the result tables."""
     results, figures = store.DATA / "results", store.ROOT / "figures"
     store.write_json(figures / "manifest.json", dict(
-        tables=store.digest(results / "manifest.json"), notebook="05_figures",
+        tables=store.digest(results / "embedded" / "manifest.json"), notebook="05_figures",
         figures={file.name: store.digest(file) for file in figures.glob("*.png")}))
     page = store.ROOT / "README.md"
     store.write_text(page, written(page.read_text(encoding="utf-8"), results))

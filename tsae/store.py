@@ -22,11 +22,6 @@ EMBEDDED = DATA / "embedded"
 STANDARD = {"model": "embedded", "corpus": "docstrings"}
 
 
-def model_path(name: str) -> str:
-    """Where a language model lies: a folder here for "embedded", else the name itself."""
-    return str(EMBEDDED) if name == "embedded" else name
-
-
 def run_folder(run_name: str, **inputs: str) -> Path:
     """Where a run keeps its tables, figures and SAEs: data/runs/<run_name>, or an absolute path.
 

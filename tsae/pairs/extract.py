@@ -10,11 +10,12 @@ NO_POSITION = "the rows hold special tokens only: there is no position to train 
 
 
 def activations(rows: torch.Tensor, residuals: Callable, keep: Callable, batch_rows: int = 64,
-                order: torch.Tensor | None = None) -> Iterator[Pair]:
+                order: torch.Tensor | None = None, limit: float = math.inf) -> Iterator[Pair]:
     """Pairs x (m, d) float32, t (m,) of the positions that are kept, one pass at a time.
 
     A pass takes `batch_rows` of the token rows (N, T), in `order`. residuals(tokens (b, T)) ->
-    (b, T, d); keep(tokens (b, T)) -> (b, T) bool. ValueError for a NaN or infinite activation.
+    (b, T, d); keep(tokens (b, T)) -> (b, T) bool. Sinks are left out: an x with a norm over
+    `limit`. ValueError for a NaN or infinite activation.
     """
     order = torch.arange(len(rows)) if order is None else order
     for which in order.split(batch_rows):
@@ -26,7 +27,8 @@ def activations(rows: torch.Tensor, residuals: Callable, keep: Callable, batch_r
             raise ValueError(f"NaN or infinite activations at row {int(which[row])} of the tokens, "
                              f"position {position}, token id {int(tokens[row, position])}: load "
                              "the language model in float32, or leave that document out")
-        yield x[kept.to(x.device)], tokens[kept].to(x.device)
+        kept = kept.to(x.device) & (x.norm(dim=-1) <= limit)
+        yield x[kept], tokens.to(x.device)[kept]
 
 
 class Moments:

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 
 from tsae.pairs.extract import NO_POSITION, Pair, activations
-from tsae.pairs.shards import Memory, Store
+from tsae.pairs.shards import Pairs
 
 
 def permuted(i: torch.Tensor, n: int, seed: int, epoch: int) -> torch.Tensor:
@@ -67,7 +67,7 @@ class Shuffled(_Source):
     Batches are full and run on into the next epoch. `prefetch`: a thread works out the next one.
     """
 
-    def __init__(self, pairs: Store | Memory, batch: int, seed: int, prefetch: bool = False,
+    def __init__(self, pairs: Pairs, batch: int, seed: int, prefetch: bool = False,
                  rank: int = 0, world: int = 1):
         super().__init__(batch, rank, world, seed=seed, pairs=len(pairs))
         self.pairs, self.seed = pairs, seed
@@ -104,15 +104,16 @@ class Streamed(_Source):
 
     Rows (N, T) are visited in a fresh permutation each epoch. `buffer` pairs are mixed, and half of
     them replaced at a time; their x is of `dtype`: bfloat16 rounds to 3 digits, as a Store does.
-    Every rank runs the language model on all rows. residuals, keep: see `activations`.
+    Every rank runs the language model on all rows. residuals, keep, limit: see `activations`.
     """
 
     def __init__(self, rows: torch.Tensor, residuals: Callable, keep: Callable, batch: int,
                  buffer: int, seed: int, batch_rows: int = 64, dtype: torch.dtype = torch.bfloat16,
-                 rank: int = 0, world: int = 1):
+                 rank: int = 0, world: int = 1, limit: float = math.inf):
         super().__init__(batch, rank, world, seed=seed, buffer=buffer, rows=len(rows),
                          context=rows.shape[1], batch_rows=batch_rows)
         self.rows, self.residuals, self.keep, self.dtype = rows, residuals, keep, dtype
+        self.limit = limit
         self.generator = torch.Generator().manual_seed(seed)
         self._new_epoch()
         self.x, self.t = torch.empty(0, 0, dtype=dtype), torch.empty(0, dtype=rows.dtype)
@@ -147,7 +148,8 @@ class Streamed(_Source):
                     raise ValueError(NO_POSITION)
                 self._new_epoch()
             which = self.order[self.row:self.row + self.settings["batch_rows"]]
-            x, t = next(activations(self.rows, self.residuals, self.keep, len(which), which))
+            x, t = next(activations(self.rows, self.residuals, self.keep, len(which), which,
+                                    self.limit))
             x, size = x.to(self.dtype), size + len(t)
             parts.append((x, t))
             self.row += len(which)

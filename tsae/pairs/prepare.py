@@ -4,7 +4,8 @@ A `layer` is an lm.Layer, or anything with its members.
 """
 
 import hashlib
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,13 +13,14 @@ import torch
 from tqdm import tqdm
 
 from tsae import store
-from tsae.pairs.extract import Pair, activations, statistics
+from tsae.pairs.extract import NO_POSITION, Pair, activations, statistics
 from tsae.pairs.order import Shuffled, Streamed
 from tsae.pairs.shards import VERSION as STORE_VERSION
-from tsae.pairs.shards import Store
+from tsae.pairs.shards import Pairs, Some, Store, norms, within
 
-VERSION = 1  # of what is kept: raise it when the same rows and layer give other statistics or pairs
+VERSION = 2  # of what is kept: raise it when the same rows and layer give other statistics or pairs
 PLACE = store.CACHE / "activations"
+MEDIAN_OF = 65536  # the first positions, whose median norm says what a sink is
 
 
 @dataclass
@@ -26,7 +28,8 @@ class Data:
     """The activations of one layer, and what the start of an SAE needs from them.
 
     source(seed): an endless iterator of pairs with state() and restore(); stats: see
-    extract.Moments; unigrams (V, d) raw; identity: what names the data.
+    extract.Moments, and `limit`, the norm over which an activation is a sink and left out, and
+    `sinks`, how many were; unigrams (V, d) raw, sinks too; identity: what names the data.
     """
 
     source: Callable[[int], Iterator[Pair]]
@@ -34,49 +37,115 @@ class Data:
     unigrams: torch.Tensor
     identity: dict
 
+    @property
+    def limit(self) -> float:
+        return self.stats["limit"].item()
+
+    def lone(self, ids: torch.Tensor) -> torch.Tensor:
+        """Those of the token ids (m,) that are no sink when they stand alone after BOS."""
+        return ids[self.unigrams[ids].norm(dim=-1) <= self.limit]
+
+    def sinks(self, ids: torch.Tensor) -> dict[str, int]:
+        """How many were left out: of the training positions, and of ids (m,) that stand alone."""
+        return dict(positions=int(self.stats["sinks"]), unigrams=len(ids) - len(self.lone(ids)))
+
 
 def prepare(layer, rows: torch.Tensor, batch: int = 4096, buffer: int = 131072,
             store_gb: float = 20.0, folder: Path = PLACE, sample_rows: int = 20_000,
-            rank: int = 0, world: int = 1) -> Data:
+            rank: int = 0, world: int = 1, outliers: float = 10.0) -> Data:
     """Activations at `layer` over token rows (N, T), from a store made once or streamed.
 
-    A store that would need more than `store_gb` is not made: the language model then runs during
+    Sinks are left out: norms over `outliers` times the median of the first 65536 (0: none is). A
+    store that would need more than `store_gb` is not made: the language model then runs during
     training, pairs are mixed in a buffer of `buffer` tokens, and `stats` come from one pass over
     the first `sample_rows` rows, of which nothing is kept. Unigrams and `stats` are kept in
     `folder`. Rank `rank` of `world` gets its share of every batch.
     """
+    if not outliers >= 0:
+        raise ValueError(f"outliers is {outliers}: a multiple of the median norm was expected, or "
+                         "0 to leave nothing out")
     if stored := fits(layer.d_model, rows, store_gb):
         pairs = _stored(layer, rows, store_gb, folder)
         identity, own = pairs.identity, dict(buffer=0)
     else:
-        identity = _identity(layer, rows[:sample_rows])
+        pairs, identity = None, _identity(layer, rows[:sample_rows])
         own = dict(buffer=buffer, sample=identity["rows"])
-
-    def measured() -> dict[str, torch.Tensor]:
-        if stored:
-            return pairs.statistics(layer.vocabulary)
-        return _sampled(layer, rows[:sample_rows])
-
     key = store.key(vocabulary=layer.vocabulary, **identity)
     unigrams = _kept(folder / f"unigrams-{key}.safetensors", lambda: dict(x=layer.unigrams()))["x"]
-    stats = _kept(folder / f"statistics-{key}.safetensors", measured)
+    own |= dict(outliers=outliers)
+    key = store.key(vocabulary=layer.vocabulary, **own, **identity)
+    stats = _kept(folder / f"statistics-{key}.safetensors",
+                  lambda: _measured(layer, rows[:sample_rows], pairs, outliers))
+    left_out = stats.pop("left_out")
+    if stored and len(left_out):
+        kept = torch.ones(len(pairs), dtype=torch.bool)
+        kept[left_out] = False
+        pairs = Some(pairs, kept.nonzero().squeeze(1))
 
     def source(seed: int) -> Iterator[Pair]:
         if stored:
             ahead = layer.device.type == "cuda"  # reads while the GPU works
             return Shuffled(pairs, batch, seed, ahead, rank, world)
         return Streamed(rows, layer.residuals, layer.keep, batch, buffer, seed, rank=rank,
-                        world=world)
+                        world=world, limit=stats["limit"].item())
 
     return Data(source, {name: value.to(layer.device) for name, value in stats.items()},
                 unigrams.to(layer.device), identity | own | dict(batch=batch, rows=_digest(rows)))
 
 
-def held_out(layer, rows: torch.Tensor, store_gb: float = 20.0, folder: Path = PLACE) -> Pair:
-    """All pairs of token rows (N, T) in order, from a store: x (m, d) float32, t (m,) int64."""
+def _measured(layer, rows: torch.Tensor, pairs: Pairs | None,
+              outliers: float) -> dict[str, torch.Tensor]:
+    """`stats` of Data, and `left_out`, the places of sinks in stored `pairs`; None: of `rows`."""
+    limit = torch.tensor(math.inf)
+    if outliers:
+        limit = outliers * _median_norm(pairs.parts if pairs else _rounded(layer, rows))
+    if pairs:
+        left_out = (~pairs.below(limit)).nonzero().squeeze(1)
+        stats = pairs.statistics(layer.vocabulary, limit)
+        return stats | dict(limit=limit, left_out=left_out, sinks=torch.tensor(len(left_out)))
+    seen = 0
+
+    def counted() -> Iterator[Pair]:
+        nonlocal seen
+        for x, t in _rounded(layer, rows):
+            seen += len(t)
+            yield within(x, t, limit)
+
+    stats = statistics(counted(), layer.vocabulary)
+    sinks = seen - stats["count"].sum().cpu()
+    return stats | dict(limit=limit, left_out=torch.zeros(0, dtype=torch.long), sinks=sinks)
+
+
+def _median_norm(parts: Iterable[Pair]) -> torch.Tensor:
+    first, size = [], 0
+    for x, _ in parts:
+        first.append(norms(x[:MEDIAN_OF - size]).cpu())
+        size += len(first[-1])
+        if size == MEDIAN_OF:
+            break
+    if not size:
+        raise ValueError(NO_POSITION)
+    return torch.cat(first).median()
+
+
+def _rounded(layer, rows: torch.Tensor) -> Iterator[Pair]:
+    """Pairs straight from the language model, rounded as in a store."""
+    parts = tqdm(activations(rows, layer.residuals, layer.keep), "statistics", -(-len(rows) // 64),
+                 leave=False)
+    return ((x.bfloat16(), t) for x, t in parts)
+
+
+def held_out(layer, rows: torch.Tensor, limit: float = math.inf, store_gb: float = 20.0,
+             folder: Path = PLACE) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The pairs of token rows (N, T) in order, from a store, without sinks: norms over `limit`.
+
+    Returns x (m, d) float32, t (m,) int64, and kept (N, T) bool, where in the rows they stand.
+    """
     pairs = _stored(layer, rows, store_gb, folder)
-    x, t = pairs.gather(torch.arange(len(pairs)))
-    return x.to(layer.device), t.to(layer.device)
+    below, kept = pairs.below(limit), layer.keep(rows).cpu()
+    x, t = pairs.gather(below.nonzero().squeeze(1))
+    kept[kept.clone()] = below
+    return x.to(layer.device), t.to(layer.device), kept
 
 
 def fits(d_model: int, rows: torch.Tensor, store_gb: float) -> bool:
@@ -86,13 +155,6 @@ def fits(d_model: int, rows: torch.Tensor, store_gb: float) -> bool:
 
 def _identity(layer, rows: torch.Tensor) -> dict:
     return layer.identity | dict(rows=_digest(rows), store=STORE_VERSION, statistics=VERSION)
-
-
-def _sampled(layer, rows: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Statistics straight from the language model, of activations rounded as in a store."""
-    parts = tqdm(activations(rows, layer.residuals, layer.keep), "statistics", -(-len(rows) // 64),
-                 leave=False)
-    return statistics(((x.bfloat16(), t) for x, t in parts), layer.vocabulary)
 
 
 def _stored(layer, rows: torch.Tensor, store_gb: float, folder: Path) -> Store:

@@ -38,7 +38,7 @@ REASONS = {errno.ENOSPC: FULL, errno.EDQUOT: FULL,
            errno.EACCES: CLOSED, errno.EPERM: CLOSED, errno.EROFS: CLOSED}
 
 
-class _Parts:
+class Pairs:
     """Pairs that can be read at random, in parts x (m, d), t (m,)."""
 
     def __init__(self, parts: list[Pair]):
@@ -48,13 +48,44 @@ class _Parts:
     def __len__(self) -> int:
         return int(self.ends[-1])
 
-    def statistics(self, vocabulary: int) -> dict[str, torch.Tensor]:
-        """The `Moments` of all pairs."""
+    def statistics(self, vocabulary: int, limit: float = math.inf) -> dict[str, torch.Tensor]:
+        """The `Moments` of all pairs with a norm of at most `limit`."""
         few = len(self.parts) < 20
-        return statistics(tqdm(self.parts, "statistics", leave=False, disable=few), vocabulary)
+        parts = (within(x, t, limit) for x, t in
+                 tqdm(self.parts, "statistics", leave=False, disable=few))
+        return statistics(parts, vocabulary)
+
+    def below(self, limit: float) -> torch.Tensor:
+        """Where (len(self),) the norm of x is at most `limit`: no sink."""
+        return torch.cat([norms(x) <= limit for x, _ in self.parts])
 
 
-class Memory(_Parts):
+class Some:
+    """Those of `pairs` that lie at index (m,) int64, read as if there were no others."""
+
+    def __init__(self, pairs: Pairs, index: torch.Tensor):
+        self.pairs, self.index = pairs, index
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def gather(self, index: torch.Tensor) -> Pair:
+        """The pairs at index (b,) int64: x (b, d) float32, t (b,) int64."""
+        return self.pairs.gather(self.index[index])
+
+
+def norms(x: torch.Tensor) -> torch.Tensor:
+    """The norm (m,) float32 of each row of x (m, d), part by part: float32 copies are large."""
+    return torch.cat([part.float().norm(dim=-1) for part in x.split(8192)])
+
+
+def within(x: torch.Tensor, t: torch.Tensor, limit: float) -> Pair:
+    """The pairs x (m, d), t (m,) with a norm of at most `limit`."""
+    kept = norms(x) <= limit
+    return (x, t) if kept.all() else (x[kept], t[kept])
+
+
+class Memory(Pairs):
     """Pairs x (m, d), t (m,) in memory, x in the dtype and on the device it was given."""
 
     def __init__(self, x: torch.Tensor, t: torch.Tensor):
@@ -69,7 +100,7 @@ class Memory(_Parts):
         return x[index].float(), t[index].long()
 
 
-class Store(_Parts):
+class Store(Pairs):
     """Pairs on disk. `make` writes a store or goes on with it, `open` reads a complete one."""
 
     def __init__(self, folder: Path, manifest: dict):
