@@ -5,6 +5,7 @@ import pandas as pd
 import pytest
 import torch
 from conftest import byte_tokenizer
+from scipy.sparse import csc_array
 
 from tsae import features
 from tsae.sae import SAE
@@ -84,3 +85,18 @@ def test_contexts_show_the_activating_token(planted):
     scanned = features.scan(planted, x, rows[0, 1:])
     shown = features.contexts(scanned, 0, rows, places, tokenizer, before=2, after=9)
     assert shown.to_dict("records") == [dict(code=2.0, before="bc", token="X", after="def")]
+
+
+def test_the_share_of_single_token_features_by_a_loop():
+    random = np.random.default_rng(0)
+    dense = random.random((400, 6)) * (random.random((400, 6)) < 0.3)
+    t = random.integers(0, 5, 400)
+    dense[:, 1] *= t == 3  # about one token
+    dense[:, 2] *= np.where(t == 2, 1, 0.05)  # mostly
+    dense[:, 3] *= random.random(400) < 0.05  # too rare to be judged
+    dense[:, 4] = 0
+    judged = [j for j in range(6) if (dense[:, j] > 0).sum() >= 20]
+    about_one = [max(dense[t == token, j].sum() for token in range(5)) > dense[:, j].sum() / 2 for j in judged]
+    assert judged == [0, 1, 2, 5] and about_one == [False, True, True, False]
+    assert features.single_token(csc_array(dense), t, least=20) == 0.5
+    assert np.isnan(features.single_token(csc_array(dense), t, least=500))

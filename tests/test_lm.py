@@ -181,9 +181,31 @@ def test_a_tokenizer_of_more_ids_than_rows_is_refused():
 
 def test_devices_and_dtypes_that_are_not_there(model_folder, monkeypatch):
     folder = str(model_folder())
-    with pytest.raises(ValueError, match="dtype is 'bf16': expected one of float32, bfloat16, float16"):
+    with pytest.raises(ValueError, match="dtype is 'bf16': expected one of auto, float32, bfloat16, float16"):
         lms.load(folder, dtype="bf16")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ValueError, match="'cuda' was asked for, and torch finds no GPU"):
         lms.load(folder, device="cuda")
     assert lms.load(folder, dtype="bfloat16").layer(1).residuals(TOKENS).dtype == torch.float32
+
+
+def test_sinks_are_neither_patched_nor_counted(tiny):
+    x = tiny.residuals(TOKENS, [1])[1]
+    limit = x[tiny.keep(TOKENS)].norm(dim=-1).median().item()
+    counted = tiny.keep(TOKENS, x, limit)
+    assert counted.sum() < tiny.keep(TOKENS).sum() and not counted[x.norm(dim=-1) > limit].any()
+    patched = []
+    nats = tiny.nats(TOKENS, 1, lambda x, t: patched.append(t) or 0 * x, x, limit)
+    assert torch.equal(patched[0], TOKENS[counted].long())
+    changed = x.clone()
+    changed[counted] = 0
+    whole = tiny.nats(TOKENS, 1, residuals=changed)
+    assert torch.allclose(nats, whole[counted[:, :-1][tiny.keep(TOKENS)[:, :-1]]], atol=1e-4)
+    assert tiny.tail(TOKENS, 1, limit)(lambda x, t: 0 * x) == pytest.approx(nats.mean().item(), abs=1e-4)
+
+
+def test_auto_is_bfloat16_where_the_hardware_multiplies_it(model_folder, monkeypatch):
+    folder = str(model_folder())
+    for able in (True, False):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda able=able: dict(avx512_bf16=able))
+        assert lms.load(folder, device="cpu", dtype="auto").model.dtype == (torch.bfloat16 if able else torch.float32)

@@ -1,15 +1,17 @@
 """Oracle: the same pairs collected by hand, stored and streamed."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from conftest import ROWS, tiny_network
 
-from tsae import train
+from tsae import baseline, evaluate, train
 from tsae.lm import LM
 from tsae.pairs import extract, shards
 from tsae.pairs import prepare as prepared
 from tsae.pairs.extract import activations
-from tsae.pairs.prepare import prepare
+from tsae.pairs.prepare import held_out, prepare
 from tsae.pairs.shards import Memory
 
 
@@ -85,3 +87,64 @@ def test_a_start_leaves_no_mean_error_to_the_features(data, tiny_gpt2, recipe):
         if lookup != "none":
             scaled = train.RECIPES[recipe]["table_scale"] * data.unigrams
             assert torch.allclose(sae.W_lookup * sae.scale, scaled, atol=1e-5)
+
+
+def planted(share: float) -> SimpleNamespace:
+    """A layer whose stream is a vector a token and a few directions, with a `share` of positions at 300 times the norm."""
+    random = torch.Generator().manual_seed(0)
+    own, directions = torch.randn(40, 16, generator=random), torch.randn(24, 16, generator=random)
+    sink = torch.randn(16, generator=random)
+    sink *= 300 * 5 / sink.norm()
+
+    def residuals(tokens: torch.Tensor) -> torch.Tensor:
+        noise = torch.Generator().manual_seed(int(tokens.sum()))
+        codes = torch.rand(*tokens.shape, 24, generator=noise)
+        x = own[tokens.long()] + ((codes > 0.9) * codes * 3) @ directions
+        return torch.where(torch.rand(*tokens.shape, 1, generator=noise) < share, sink, x)
+
+    return SimpleNamespace(residuals=residuals, keep=lambda tokens: tokens > 0, unigrams=lambda: own, d_model=16,
+                           vocabulary=40, device=torch.device("cpu"), identity=dict(planted=share))
+
+
+def error_of(activation: str, share: float, outliers: float, folder, store_gb: float = 1) -> float:
+    """The nmse of a small SAE on held-out positions that are no sinks."""
+    rows = torch.randint(1, 40, (500, 40), generator=torch.Generator().manual_seed(1), dtype=torch.int32)
+    data = prepare(planted(share), rows[:480], 64, 4096, store_gb, folder, outliers=outliers)
+    sae = train.build(data.stats, data.unigrams, train.RECIPES["ours"], activation, 64, 4, "learned", 0)
+    train.fit(sae, data.source(0), 40_000, sparsity=0.02, **train.learning(train.RECIPES["ours"], 3e-3))
+    x, t, _ = held_out(planted(share), rows[480:], 1000 if share else torch.inf, folder=folder)
+    return evaluate.nmse(x, sae(x, t))
+
+
+@pytest.mark.parametrize("activation", ["relu", "topk", "batchtopk", "jumprelu", "gated"])
+def test_massive_activations_do_no_harm(activation, tmp_path):
+    clean = error_of(activation, 0, 10, tmp_path)
+    for share in (0.0005, 0.01):
+        assert error_of(activation, share, 10, tmp_path) < 1.1 * clean
+    if activation == "topk":
+        assert error_of(activation, 0.01, 10, tmp_path, store_gb=0) < 1.1 * clean, "streamed"
+    with pytest.warns(RuntimeWarning, match="jumps"):
+        assert error_of(activation, 0.01, 0, tmp_path) > 1.2 * clean, "what is planted does harm if it is left in"
+
+
+def test_sinks_are_counted_and_found_in_their_rows(tmp_path):
+    layer, rows = planted(0.02), torch.randint(1, 40, (64, 40), generator=torch.Generator().manual_seed(2), dtype=torch.int32)
+    rows[:, 0] = 0  # left out by `keep`
+    x = layer.residuals(rows)
+    sinks = (x.norm(dim=-1) > 1000) & (rows > 0)
+    for store_gb in (1, 0):
+        data = prepare(layer, rows, 64, 1024, store_gb, tmp_path)
+        assert data.stats["sinks"] == sinks.sum() > 20 and data.stats["count"].sum() == ((rows > 0) & ~sinks).sum()
+        assert data.limit == pytest.approx(10 * x[rows > 0].norm(dim=-1).median().item(), rel=0.01)
+        assert all(next(source)[0].norm(dim=-1).max() < 1000 for source in [data.source(0)] for _ in range(40))
+    found, t, kept = held_out(layer, rows, data.limit, folder=tmp_path)
+    assert torch.equal(kept, (rows > 0) & ~sinks) and torch.equal(t, rows[kept].long())
+    assert torch.equal(found, x[kept].bfloat16().float())
+    data.unigrams[[3, 7]] *= 1000  # of [BOS, t] alone
+    assert data.lone(torch.tensor([2, 3, 7, 9])).tolist() == [2, 9]
+    assert data.sinks(torch.arange(40)) == dict(positions=int(sinks.sum()), unigrams=2)
+    start = baseline.start_table(data.stats, data.unigrams, dict(start="unigram", table_scale=0.5))
+    mean = baseline.conditional_mean(data.stats)
+    assert torch.equal(start[[3, 7]], 0.5 * mean[[3, 7]]) and torch.equal(start[4], 0.5 * data.unigrams[4])
+    with pytest.raises(ValueError, match="outliers is -1: a multiple of the median norm was expected"):
+        prepare(layer, rows, outliers=-1, folder=tmp_path)

