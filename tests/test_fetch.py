@@ -7,7 +7,7 @@ import zipfile
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_network
+from conftest import byte_tokenizer, tiny_network
 
 from tsae import fetch, store
 from tsae import lm as lms
@@ -109,7 +109,6 @@ def test_a_gguf_file_is_the_model_it_was_written_from(tmp_path, monkeypatch):
 
 def write_llama(gguf, network, path) -> None:
     """The weights and a byte tokenizer of a tiny Llama in the file's own names and layout."""
-    from conftest import byte_tokenizer
     config, writer = network.config, gguf.GGUFWriter(str(path), "llama")
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
@@ -120,10 +119,10 @@ def write_llama(gguf, network, path) -> None:
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
     writer.add_vocab_size(config.vocab_size)
-    vocabulary = byte_tokenizer().get_vocab()
+    tokens = sorted(byte_tokenizer().get_vocab(), key=byte_tokenizer().get_vocab().get)
     writer.add_tokenizer_model("gpt2")
-    writer.add_token_list([token for token, _ in sorted(vocabulary.items(), key=lambda item: item[1])])
-    writer.add_token_merges([])
+    writer.add_token_list([*tokens[:-1], "ab"])  # one merge in place of a byte that no test reads
+    writer.add_token_merges(["a b"])
     writer.add_bos_token_id(0)
     writer.add_eos_token_id(0)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)

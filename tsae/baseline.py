@@ -6,7 +6,7 @@ activations, and `limit`, the norm over which one is a sink.
 
 import torch
 
-WITHOUT, WITH, FROZEN = "without table", "with table", "token mean, frozen"
+WITHOUT, WITH, FROZEN = "without table", "with table", "frozen token mean"
 NAMES = {"none": WITHOUT, "learned": WITH}  # of a `lookup`, in result tables and figures
 
 

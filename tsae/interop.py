@@ -109,9 +109,6 @@ def from_pretrained(path: str | Path, id: str = "") -> tuple[SAE, dict]:
     return sae.eval(), about | {"layer": layer}
 
 
-load_saelens = from_pretrained  # an earlier name
-
-
 @torch.no_grad()
 def _exported(sae: SAE, hook_name: str, centred: bool | None) -> tuple[dict[str, Tensor], dict]:
     """The weights in raw units, the centring folded in, and what a reader must know beside them.

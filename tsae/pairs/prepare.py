@@ -70,10 +70,10 @@ def prepare(layer, rows: torch.Tensor, batch: int = 4096, buffer: int = 131072,
     else:
         pairs, identity = None, _identity(layer, rows[:sample_rows])
         own = dict(buffer=buffer, sample=identity["rows"])
-    key = store.key(vocabulary=layer.vocabulary, **identity)
+    key = store.key(vocabulary=layer.vocabulary, **layer.identity)
     unigrams = _kept(folder / f"unigrams-{key}.safetensors", lambda: dict(x=layer.unigrams()))["x"]
     own |= dict(outliers=outliers)
-    key = store.key(vocabulary=layer.vocabulary, **own, **identity)
+    key = store.key(vocabulary=layer.vocabulary, outliers=outliers, **identity)
     stats = _kept(folder / f"statistics-{key}.safetensors",
                   lambda: _measured(layer, rows[:sample_rows], pairs, outliers))
     left_out = stats.pop("left_out")
