@@ -124,7 +124,7 @@ def test_massive_activations_do_no_harm(activation, tmp_path):
         assert error_of(activation, share, 10, tmp_path) < 1.25 * clean
     if activation in ("relu", "topk"):
         assert error_of(activation, 0.01, 10, tmp_path, store_gb=0) < 1.25 * clean, "streamed"
-        assert error_of(activation, 0.01, 0, tmp_path) > 2 * clean, "what is planted does harm if it is left in"
+        assert error_of(activation, 0.01, 0, tmp_path) > 1.3 * clean, "what is planted does harm if it is left in"
 
 
 def test_sinks_are_counted_and_found_in_their_rows(tmp_path):

@@ -122,7 +122,8 @@ def engine(results: Path) -> str:
 
 
 PRESETS = ("embedded", "smollm2")  # whose tables the README shows
-BLOCKS = dict(sweep=sweep, real=real, headline=headline, evidence=evidence, cost=cost, engine=engine)
+BLOCKS = dict(sweep=sweep, real=real, headline=headline, evidence=evidence, cost=cost,
+              engine=engine)
 
 
 def written(text: str, results: Path) -> str:
