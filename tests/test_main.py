@@ -115,7 +115,7 @@ def test_a_raised_version_and_another_corpus_run_a_notebook_again(tmp_path, monk
     corpus.write_text("another")
     assert ran() and not ran()
     known = command.versions()
-    assert {"lm.py", "train.py", "text.py", "__main__.py", "pairs/prepare.py", "pairs/shards.py"} == set(known)
+    assert {"fetch.py", "lm.py", "train.py", "text.py", "__main__.py", "pairs/prepare.py", "pairs/shards.py"} == set(known)
     for name in known:
         monkeypatch.setattr(command, "versions", lambda name=name: known | {name: "99"})
         assert ran() and not ran(), name

