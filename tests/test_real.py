@@ -1,4 +1,4 @@
-"""SmolLM2-135M as it comes from the package index: .ci/run asks for it by TSAE_FETCH=1; else only one fetched before is read."""
+"""SmolLM2-135M as it comes from the package index. .ci/run asks for it by TSAE_FETCH=1; else one fetched before is read."""
 
 import os
 from dataclasses import replace
