@@ -44,7 +44,7 @@ def run(preset: str, out, *notebooks: str, **values) -> None:
 def test_training_runs_on_a_local_folder_in_hub_format(preset, family, model_folder, corpus, tmp_path):
     run(preset, tmp_path / "run", "03", model=model_folder(family), corpus=corpus, **SMALL)
     sweep = store.read_table(tmp_path / "run/tables/sweep.csv")
-    assert len(sweep) == 2 * 2 * (2 + 1 + 2 + 2) + 2 and sweep["nmse"].gt(0).all()
+    assert len(sweep) == 2 * 2 * (2 + 1 + 2 + 2) + 2 + 4 and sweep["nmse"].gt(0).all()
     assert sweep.loc[sweep["activation"] == "topk", "nmse"].lt(1).all()  # others need more than a dozen steps
 
 
