@@ -107,7 +107,16 @@ def test_a_gguf_file_is_the_model_it_was_written_from(tmp_path, monkeypatch):
     assert lm.tokenizer.decode(lm.tokenizer("ab c", add_special_tokens=False)["input_ids"]) == "ab c"
 
 
-def write_llama(gguf, network, path) -> None:
+def test_a_gguf_file_without_all_weights_is_refused(tmp_path, monkeypatch):
+    gguf = pytest.importorskip("gguf")
+    monkeypatch.setattr(store, "CACHE", tmp_path / "cache")
+    write_llama(gguf, tiny_network("llama"), tmp_path / "tiny.gguf", without="layers.1.mlp.up_proj")
+    with pytest.raises(ValueError, match="tiny.gguf has no weights for model.layers.1.mlp.up_proj.weight .1 in all"):
+        fetch.model(str(tmp_path / "tiny.gguf"))
+    assert not (tmp_path / "cache/models").exists()
+
+
+def write_llama(gguf, network, path, without: str = "nothing") -> None:
     """The weights and a byte tokenizer of a tiny Llama in the file's own names and layout."""
     config, writer = network.config, gguf.GGUFWriter(str(path), "llama")
     writer.add_context_length(config.max_position_embeddings)
@@ -126,7 +135,7 @@ def write_llama(gguf, network, path) -> None:
     writer.add_bos_token_id(0)
     writer.add_eos_token_id(0)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
-    for name, weight in network.state_dict().items():
+    for name, weight in ((name, weight) for name, weight in network.state_dict().items() if without not in name):
         value = weight.float().numpy()
         if name.endswith(("q_proj.weight", "k_proj.weight")):  # rotary halves lie interleaved in the file
             heads = config.num_attention_heads if "q_proj" in name else config.num_key_value_heads

@@ -114,6 +114,8 @@ def test_a_raised_version_and_another_corpus_run_a_notebook_again(tmp_path, monk
     assert ran() and not ran()
     corpus.write_text("another")
     assert ran() and not ran()
+    assert command.corpora(dict(corpus=str(corpus))) == [str(corpus)]
+    assert command.corpora(dict(corpus=f"{corpus} + sotu")) == [str(corpus), "sotu"]
     known = command.versions()
     assert {"fetch.py", "lm.py", "train.py", "text.py", "__main__.py", "pairs/prepare.py", "pairs/shards.py"} == set(known)
     for name in known:
@@ -125,6 +127,8 @@ def test_a_partial_run_is_not_published(tmp_path):
     store.write_json(tmp_path / "tables/manifest.json", {"norms.csv": dict(notebook="01_activation_stats")})
     with pytest.raises(SystemExit, match="lacks .*fronts.csv.* run all notebooks before --publish"):
         command.publish(tmp_path, "embedded")
+    with pytest.raises(SystemExit, match="is not a whole run: run all notebooks"):
+        command.publish(tmp_path, "a preset that was never published")
 
 
 @pytest.mark.parametrize("assignment, words", [

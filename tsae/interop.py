@@ -1,8 +1,9 @@
 """SAEs of SAELens, dictionary_learning and sparsify in and out, and the Hugging Face hub.
 
-Codes are the same numbers on both sides. What an `SAE` computes and the others do not is folded
-into the weights: `scale`, and the centring x - mean(x), which is linear. None of the others has a
-lookup table: W_lookup (V, d), in raw units, lies beside in a file of its own.
+Codes are the same numbers on both sides; where the encoder sees the rest, on x - W_lookup[t]. What
+an `SAE` computes and the others do not is folded into the weights: `scale`, and the centring
+x - mean(x), which is linear. None of the others has a lookup table: W_lookup (V, d), in raw units,
+lies beside in a file of its own.
 """
 
 import sys
@@ -164,6 +165,8 @@ def save_saelens(sae: SAE, folder: str | Path, *, hook_name: str, model_name: st
                  context_size: int = 128, centred: bool | None = None,
                  frequency: Tensor | None = None) -> Path:
     """Write an SAE as a SAELens 6 folder with the same codes, and return the folder.
+
+    Where the encoder sees the rest, they are the same on x - W_lookup[t]: metadata["lookup"].
 
     `hook_name` and `model_name` are TransformerLens's ("blocks.8.hook_resid_pre", "gpt2-small").
     `context_size` is in tokens. `centred`: pass lm.centred. Where x was centred, the export gives

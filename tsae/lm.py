@@ -105,6 +105,11 @@ class LM:
         return self.model.device
 
     @property
+    def dtype(self) -> str:
+        """The dtype of the weights, as "float32"."""
+        return str(self.model.dtype).removeprefix("torch.")
+
+    @property
     def ordinary(self) -> torch.Tensor:
         """The ids (m,) of ordinary tokens: no special one, no row that only pads the embedding."""
         ids = torch.arange(min(self.vocabulary, len(self.tokenizer)))

@@ -98,6 +98,16 @@ def result(folder: Path, name: str, table: pd.DataFrame, notebook: str, **parame
     write_json(manifest, lines)
 
 
+def no_result(folder: Path, *names: str) -> None:
+    """Remove result tables that a run with other settings left in `folder`, and their lines."""
+    manifest = folder / "tables" / "manifest.json"
+    lines = read_json(manifest) if manifest.is_file() else {}
+    for name in names:
+        (folder / "tables" / f"{name}.csv").unlink(missing_ok=True)
+        lines.pop(f"{name}.csv", None)
+    write_json(manifest, lines)
+
+
 def write_tensors(path: str | Path, tensors: dict[str, torch.Tensor]) -> Path:
     """Write tensors as safetensors beside the sha256 of what they hold, whole or not at all."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}

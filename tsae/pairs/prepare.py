@@ -46,7 +46,9 @@ class Data:
         return ids[self.unigrams[ids].norm(dim=-1) <= self.limit]
 
     def sinks(self, ids: torch.Tensor) -> dict[str, int]:
-        """How many were left out: of the training positions, and of ids (m,) that stand alone."""
+        """How many were left out: of the training positions (streamed: of the sample of `prepare`),
+        and of ids (m,) that stand alone.
+        """
         return dict(positions=int(self.stats["sinks"]), unigrams=len(ids) - len(self.lone(ids)))
 
 

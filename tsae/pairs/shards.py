@@ -82,7 +82,7 @@ def norms(x: torch.Tensor) -> torch.Tensor:
 def within(x: torch.Tensor, t: torch.Tensor, limit: float) -> Pair:
     """The pairs x (m, d), t (m,) with a norm of at most `limit`."""
     kept = norms(x) <= limit
-    return (x, t) if kept.all() else (x[kept], t[kept])
+    return (x, t) if kept.all() else (x[kept], t[kept.to(t.device)])
 
 
 class Memory(Pairs):
