@@ -102,7 +102,8 @@ def norms(table: pd.DataFrame) -> go.Figure:
 def token_share(table: pd.DataFrame) -> go.Figure:
     """Columns layer, predictor, r2."""
     figure = px.line(table, "layer", "r2", color="predictor", markers=True)
-    figure.update_xaxes(dtick=1).update_yaxes(range=[min(0, table["r2"].min()), 1])
+    lowest = max(-1, min(0, table["r2"].min()))  # what is worse than the mean by far leaves below
+    figure.update_xaxes(dtick=1).update_yaxes(range=[lowest, 1])
     return _titled(figure, "Share of the activation's variance that the token explains",
                    "layer (resid_pre)", "share of variance explained (R²)")
 
