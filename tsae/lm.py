@@ -250,7 +250,7 @@ class LM:
     def _split(self, rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Rows in parts: on a CPU, more logits at once would be fresh pages every time."""
         most = 2**22 if self.device.type == "cpu" else 2**28
-        return rows.split(max(1, min(64, most // (rows.shape[1] * self.vocabulary))))
+        return rows.split(max(4, min(64, most // (rows.shape[1] * self.vocabulary))))
 
     def _centre(self, x: torch.Tensor) -> torch.Tensor:
         return x - x.mean(-1, keepdim=True) if self.centred else x.clone()
