@@ -16,7 +16,7 @@ LAYER, CONTEXT = 10, 64
 
 @pytest.fixture(scope="module")
 def smollm2() -> lms.LM:
-    if not os.environ.get("TSAE_FETCH") and fetch._at_hand(fetch.known("model")["smollm2"]) is None:
+    if not os.environ.get("TSAE_FETCH") and fetch.at_hand(fetch.known("model")["smollm2"]) is None:
         pytest.skip("SmolLM2 was not fetched yet: TSAE_FETCH=1 pytest does")
     try:
         return lms.load("smollm2", device="cpu")

