@@ -44,7 +44,8 @@ REQUIREMENTS = {  # name: what pip installs beside this environment's torch, and
 SAE_LENS = ("sae_lens", "sae_lens_bf16")
 RIVALS = {"topk": ("authors", "sparsify", "dictionary_learning", *SAE_LENS),
           **dict.fromkeys(("relu", "gated", "jumprelu"), ("dictionary_learning", *SAE_LENS))}
-GPT2 = dict(kind="topk", d=768, n=12288, k=32, batch=2048, vocabulary=0, dead=0.0, active=0)
+GPT2 = dict(kind="topk", d=768, n=12288, k=32, batch=2048, vocabulary=0, grams=0, dead=0.0, active=0)
+SMOLLM2 = dict(n=9216, d=576, k=8)
 AXES = dict(n=(2048, 6144, 12288, 24576, 49152, 98304), d=(128, 256, 512, 768, 1536, 2304), k=(8, 16, 32, 64, 128))
 CORNERS = (dict(n=2048, d=128, k=8), dict(n=98304, d=2304, k=128))
 SHOWN = ["cell", "contender", "version", "kind", "n", "d", "k", "steps", "seconds", "low", "high", "tokens_per_second",
@@ -189,6 +190,9 @@ def cells(options: argparse.Namespace, device: str) -> Iterator[tuple[str, dict[
         at = base | dict(kind=kind)
         own = {"floor": ("floor", at), "tsae": ("tsae", at), "tsae, few active": ("tsae", at | dict(active=2 * base["k"]))}
         yield "base", own | {name: (name, at) for name in rivals.get(kind, ())}
+    at = base | SMOLLM2 | options.size
+    yield "grams", {"tsae": ("tsae", at), "tsae + table": ("tsae", at | table),
+                    "tsae + table + n-grams": ("tsae", at | table | dict(grams=4 * options.vocabulary))}
     sizes = [(axis, {axis: size}) for axis, values in AXES.items() for size in values]
     for axis, size in [*sizes, *(("corner", size) for size in CORNERS)] if options.full else []:
         at = base | size

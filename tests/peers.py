@@ -82,7 +82,8 @@ def floor(case, source):
 def tsae(case, source):
     """`train.fit`: Adam, row-wise Adam on the table, unit decoder rows, dead counts, AuxK wherever a feature is dead.
 
-    Dead features have encoders too short to be among the k largest; half of their pre-activations are positive. Few active
+    With `grams`, so many n-gram rows stand beside the table's: every bigram and trigram of the batches has one. Dead features
+    have encoders too short to be among the k largest; half of their pre-activations are positive. Few active
     features are those above a bias (jumprelu: a threshold) that is the same for all.
     """
     from tsae import sae, train
@@ -90,7 +91,12 @@ def tsae(case, source):
     keep_memory()
     rows, off = case["vocabulary"], int(case["dead"] * case["n"])
     model = sae.SAE(case["d"], case["n"], case["kind"], case["k"], rows, "learned" if rows else "none")
-    model.start(torch.zeros(case["d"]), torch.zeros(rows, case["d"]) if rows else None, seed=0).to(case["device"])
+    if case["grams"]:
+        known, contexts = with_grams(case)
+        model = sae.SAE(case["d"], case["n"], case["kind"], case["k"], baseline=known)
+        source = ((x, contexts[i % len(contexts)]) for i, (x, _) in enumerate(source))
+    model.start(torch.zeros(case["d"]), torch.zeros(rows, case["d"]) if rows and not case["grams"] else None, seed=0)
+    model.to(case["device"])
     with torch.no_grad():
         model.W_enc[:off] *= 0.01
         if case["active"]:
@@ -102,6 +108,20 @@ def tsae(case, source):
                 model.b_enc.fill_(-bar)
     train.fit(model, source, FOR_EVER, lr=1e-4, sparsity=1e-3, quick=True,
               dead_after_tokens=2 * case["batch"] if off else 10_000_000)
+
+
+def with_grams(case):
+    """A baseline.Grams of half bigrams, half trigrams, those of the batches among them; the contexts of the batches."""
+    from tsae.baseline import Context, Grams
+    ids = [torch.stack([t, t.roll(1), t.roll(2)], 1) for _, t in batches(case)]
+    known, half, found = Grams(case["d"], case["vocabulary"], [case["grams"] // 2] * 2), case["grams"] // 2, []
+    for n in (2, 3):
+        own = known.key(torch.cat(ids)[:, :n].cpu()).unique()[:half]
+        others = torch.arange(half + len(own))  # small numbers are keys of n-grams of the commonest tokens
+        others = others[~torch.isin(others, own)][:half - len(own)]
+        found.append(torch.cat([own, others]).sort().values)
+    known.keys.copy_(torch.cat(found))
+    return known.to(case["device"]), [Context(each) for each in ids]
 
 
 def authors(case, source):

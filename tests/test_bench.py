@@ -12,7 +12,7 @@ from conftest import tiny_network
 
 from tsae import store
 
-CASE = dict(kind="topk", d=8, n=32, k=4, batch=16, vocabulary=0, dead=0.0, active=0, device="cpu", threads=1)
+CASE = dict(kind="topk", d=8, n=32, k=4, batch=16, vocabulary=0, grams=0, dead=0.0, active=0, device="cpu", threads=1)
 OPTIONS = Namespace(rounds=3, turn=1.0, limit=600.0, threads=1, full=False, peers=False, vocabulary=50,
                     size=dict(d=8, n=32, k=4, batch=16))
 STUB = """
@@ -76,8 +76,8 @@ def test_every_axis_and_kind_has_its_cell():
     for axis, sizes in bench.AXES.items():
         assert [some["tsae"][2] for name, some in cells if name == axis] == list(sizes)
     assert [some["tsae"][1] for name, some in cells if name == "base"] == ["topk", "relu", "gated", "jumprelu"]
-    for _, some in cells:
-        assert {"floor", "tsae"} <= set(some)
+    for name, some in cells:
+        assert {"tsae", "floor" if name != "grams" else "tsae + table + n-grams"} <= set(some)
         assert all(kind == some["tsae"][1] and of in vars(peers) for of, kind, _ in some.values())
     assert set(cells[0][1]) - {"floor", "tsae + table", "tsae, dead"} == {"tsae", *bench.RIVALS["topk"]}
 
@@ -113,6 +113,7 @@ def test_the_floor_is_the_encoder_product_alone(monkeypatch):
 
 @pytest.mark.parametrize("name, case", [
     ("tsae", {}), ("tsae", dict(vocabulary=20)), ("tsae", dict(dead=0.5)), ("tsae", dict(kind="relu")),
+    ("tsae", dict(vocabulary=20, grams=100)),
     ("tsae", dict(kind="gated")), ("tsae", dict(kind="jumprelu")), ("authors", {}), ("authors", dict(vocabulary=20))])
 def test_contenders_train_on_as_many_batches_as_told(name, case):
     said = []

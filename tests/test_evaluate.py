@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from tsae import evaluate
+from tsae.baseline import Tokens
 from tsae.sae import SAE
 
 M, D, N, V = 50, 6, 12, 5
@@ -165,3 +166,39 @@ def test_the_table_alone_is_the_table_alone(model):
     ours = evaluate.cross_entropy(sae, lm.tail(rows, 2), baseline)
     assert ours["lookup_ce_added"] == pytest.approx(baseline["ce_mean"] / baseline["ce_clean"] - 1, abs=1e-6)
     assert ours["ce_added"] != pytest.approx(ours["lookup_ce_added"], abs=1e-3)  # its features do something
+
+
+def test_how_much_of_what_the_encoder_reads_is_the_token():
+    """Against the variance of pre-activations at tokens whose mean is all there is, and where the table takes it off."""
+    generator = torch.Generator().manual_seed(2)
+    means = torch.randn(V, D, generator=generator)
+    noise = torch.randn(M, D, generator=generator)
+    x = means[T] + noise
+    sae = random_sae("topk", encoder_sees="full")
+    pre, alone = ((a / 1.5 - sae.b_dec) @ sae.W_enc.T for a in (x, means[T]))
+    wanted = (alone.var(0, correction=0).sum() / pre.var(0, correction=0).sum()).item()
+    assert evaluate.token_read(sae, x, T, means, batch=7) == pytest.approx(wanted, rel=1e-4) and 0.2 < wanted < 0.9
+    rest = random_sae("topk", encoder_sees="rest")
+    with torch.no_grad():
+        rest.W_lookup.copy_(means / 1.5)
+    assert evaluate.token_read(rest, x, T, means) < 1e-6
+
+
+def test_silent_features_are_counted_over_all_parts_once():
+    saes = [random_sae("relu"), random_sae("topk")]
+    parts = iter([(X[:20], T[:20]), (X[20:], T[20:])])
+    shares, positions = evaluate.silent(saes, parts, batch=7)
+    for sae, share in zip(saes, shares):
+        assert share == pytest.approx(1 - (sae.encode(X, T) > 0).any(0).float().mean().item()) and share >= 2 / N
+    assert positions == M and next(parts, None) is None
+
+
+def test_what_a_baseline_explains_alone():
+    known = Tokens(D, V)
+    stats = dict(mean=X.mean(0), scale=torch.tensor(2.0))
+    assert evaluate.explained(known, stats, X, T) == pytest.approx(0, abs=1e-5)  # the mean alone
+    means = torch.stack([X[T == t].mean(0) for t in range(V)])
+    with torch.no_grad():
+        known.W_lookup.copy_((means - stats["mean"]) / 2)
+    within = (X - means[T]).square().sum() / (X - X.mean(0)).square().sum()
+    assert evaluate.explained(known, stats, X, T, batch=7) == pytest.approx(1 - within.item(), abs=1e-5)

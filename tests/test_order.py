@@ -135,7 +135,7 @@ def test_a_stream_gives_every_epoch_and_holds_a_bounded_number():
     given = Counter()
     for number in range(1, 300):
         given.update(next(source)[1].tolist())
-        assert sum(read) - 12 * number <= 90 + max(read) and source.x.dtype == torch.bfloat16
+        assert sum(read) - 12 * number <= 90 + max(read) and source.held[0].dtype == torch.bfloat16
     assert set(given) == set(KEPT.tolist()) and max(given.values()) - min(given.values()) <= 2
 
 

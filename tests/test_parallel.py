@@ -21,9 +21,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tsae import store, train
+from tsae import baseline, store, train
+from tsae.baseline import Context, Needs
 from tsae.pairs.order import Shuffled
-from tsae.pairs.shards import Memory
+from tsae.pairs.shards import InContext, Memory
 from tsae.sae import SAE
 from tsae.scale import __main__ as trainer
 from tsae.scale import checkpoints, parallel
@@ -38,7 +39,10 @@ CASES = {
     "topk": dict(), "table": dict(lookup="learned"), "frozen": dict(lookup="frozen"),
     "rest": dict(lookup="learned", encoder_sees="rest"), "batchtopk": dict(activation="batchtopk", lookup="learned"),
     "relu": dict(activation="relu", lookup="learned"), "jumprelu": dict(activation="jumprelu", lookup="learned"),
-    "gated": dict(activation="gated", lookup="learned")}
+    "gated": dict(activation="gated", lookup="learned"),
+    **{kind: dict(kind=kind, encoder_sees="rest") for kind in ("grams", "hashed", "embedding", "low rank",
+                                                                     "affine", "directions", "earlier")}}
+NEEDS = Needs(3, (5,))
 TOPK = [name for name, case in CASES.items() if "activation" not in case]
 
 
@@ -78,13 +82,41 @@ def pairs(m: int = 900) -> tuple[torch.Tensor, torch.Tensor]:
     return u[t] + directions[which].sum(1) + 0.1 * torch.randn(m, D, generator=g), t
 
 
-def dealt() -> Shuffled:
-    return Shuffled(Memory(*pairs()), BATCH, seed=1, rank=parallel.rank(), world=parallel.world())
+def dealt(**ranks) -> Shuffled:
+    """Batches of this rank; their contexts hold three ids, and x as layer 5."""
+    x, t = pairs()
+    ids = torch.stack([t, t.roll(1), t.roll(2)], 1)
+    ranks = ranks or dict(rank=parallel.rank(), world=parallel.world())
+    return Shuffled(InContext(Memory(x, t), NEEDS, ids, {}), BATCH, seed=1, **ranks)
 
 
-def build(activation="topk", **settings) -> SAE:
-    sae = SAE(D, N, activation, 3, V, scale=1.5, **settings)
-    sae.start(torch.full((D,), 0.1), torch.randn(V, D, generator=torch.Generator().manual_seed(2)), seed=1)
+def doubled(x: torch.Tensor, t: Context) -> tuple[torch.Tensor, Context]:
+    return x.double(), t.to(torch.double)
+
+
+def known(kind: str) -> baseline.Baseline:
+    """A baseline with random values."""
+    g = torch.Generator().manual_seed(3)
+    if kind == "earlier":
+        first = SAE(D, 10, k=2, scale=1.5).start(torch.zeros(D), seed=4)
+        return baseline.Earlier(D, 5, 1.5, first)
+    found = {"grams": baseline.Grams(D, V, [V, 0]), "hashed": baseline.Hashed(D, V, 12),
+             "embedding": baseline.Factored(D, V, 4, left_learned=False), "low rank": baseline.Factored(D, V, 4),
+             "affine": baseline.Affine(D, 5, D, 1.5, 3), "directions": baseline.Affine(D, 5, D, 1.5, 3, learned=False)}[kind]
+    if kind == "grams":
+        found.keys.copy_(torch.arange(V) * (V + 1))  # every token after itself
+        found.keys[1:] -= V - 1  # or after the one that is one less
+        found.keys.copy_(found.keys.sort().values)
+    with torch.no_grad():
+        for p in found.parameters():
+            p.copy_(0.2 * torch.randn(p.shape, generator=g))
+    return found
+
+
+def build(activation="topk", kind="", **settings) -> SAE:
+    sae = SAE(D, N, activation, 3, 0 if kind else V, scale=1.5, baseline=known(kind) if kind else None, **settings)
+    table = None if kind else torch.randn(V, D, generator=torch.Generator().manual_seed(2))
+    sae.start(torch.full((D,), 0.1), table, seed=1)
     sae.W_enc.data[::2] *= 0.05  # too weak to be chosen: more dead features than AuxK takes
     if activation == "jumprelu":
         sae.log_threshold.data.fill_(-0.5)
@@ -92,7 +124,7 @@ def build(activation="topk", **settings) -> SAE:
 
 
 def trained(sae: SAE) -> pd.DataFrame:
-    source = ((x.double(), t) for x, t in dealt())
+    source = (doubled(*pair) for pair in dealt())
     return fit_all([train.Run(sae, STEPS * BATCH, lr=0.01, sparsity=0.05, dead_after_tokens=4 * BATCH, log_every_tokens=BATCH,
                               exchange=parallel.Ranks())], source)[0]
 
@@ -107,8 +139,7 @@ def train_all(folder: Path, names: list[str], sharded: bool = False) -> None:
         save_file(sae.state_dict(), place / "own.safetensors")
         if sharded:
             sae.save(folder / name)
-            x, t = next(dealt())
-            save_file({"x": sae(x.double(), t).detach().contiguous()}, place / "rebuilt.safetensors")
+            save_file({"x": sae(*doubled(*next(dealt()))).detach().contiguous()}, place / "rebuilt.safetensors")
 
 
 @pytest.fixture(scope="module")
@@ -157,10 +188,9 @@ def test_sharded_features_learn_what_the_whole_sae_does(name, world, folder, alo
     for key, value in sae.state_dict().items():
         assert torch.allclose(whole[key], value, rtol=1e-6, atol=1e-6), key
     assert SAE.load(place).n == N and load_file(place / "0/own.safetensors")["W_enc"].shape == (N // world, D)
-    x, t = next(Shuffled(Memory(*pairs()), BATCH, seed=1))
     parts = [load_file(place / str(rank) / "rebuilt.safetensors")["x"] for rank in range(world)]
     with torch.no_grad():
-        assert torch.allclose(torch.stack(parts, 1).flatten(0, 1), sae(x.double(), t), atol=1e-6)
+        assert torch.allclose(torch.stack(parts, 1).flatten(0, 1), sae(*doubled(*next(dealt(rank=0)))), atol=1e-6)
 
 
 def exchange(folder: Path) -> None:
@@ -201,8 +231,9 @@ def test_what_ranks_tell_each_other(tmp_path):
     assert torch.equal(first[f"rows {10**9}"], t.unique()) and torch.equal(first["fired"], out["fired"])
     sae.zero_grad()
     sae.loss(x[::2].double(), t[::2])["loss"].backward()  # rank 0's share, all that there is of these two
-    for name in ("b_enc", "W_lookup"):
-        assert torch.allclose(first[f"{name} 1"], getattr(sae, name).grad.to_dense() / 2, atol=1e-12)
+    for name in ("b_enc", "baseline.W_lookup"):
+        grad = sae.get_parameter(name).grad.to_dense()
+        assert torch.allclose(first[f"{name} 1"], grad / 2, atol=1e-12)
     assert torch.equal(first["rows 1"], t[::2].unique())
     every = torch.cat([torch.randn(40, generator=torch.Generator().manual_seed(rank)) + 5 * rank for rank in range(2)])
     assert first["kth"] == every.sort(descending=True).values[49]

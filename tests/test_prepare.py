@@ -7,6 +7,7 @@ import torch
 from conftest import ROWS, tiny_network
 
 from tsae import baseline, evaluate, train
+from tsae.baseline import Context, Needs
 from tsae.lm import LM
 from tsae.pairs import extract, shards
 from tsae.pairs import prepare as prepared
@@ -148,3 +149,49 @@ def test_sinks_are_counted_and_found_in_their_rows(tmp_path):
     assert torch.equal(start[[3, 7]], 0.5 * mean[[3, 7]]) and torch.equal(start[4], 0.5 * data.unigrams[4])
     with pytest.raises(ValueError, match="outliers is -1: a multiple of the median norm was expected"):
         prepare(layer, rows, outliers=-1, folder=tmp_path)
+
+
+@pytest.mark.parametrize("store_gb", [0, 1])
+def test_contexts_belong_to_their_positions(store_gb, tiny_gpt2, tmp_path):
+    """Stored and streamed: x, the last ids and the layer below are those of one position, sinks left out."""
+    lm, rows, needs = tiny_gpt2, ROWS, Needs(3, (0, 1))
+    whole, kept = lm.residuals(rows, [0, 1]), lm.keep(rows)
+    norms = whole[1][kept].bfloat16().float().norm(dim=-1)
+    outliers = (norms.quantile(0.9) / norms.median()).item()  # a tenth of the positions counts as sinks
+    data = prepare(lm.layer(1), rows, batch=16, buffer=64, store_gb=store_gb, folder=tmp_path, outliers=outliers, needs=needs)
+    wanted = {}
+    for row, column in kept.nonzero().tolist():
+        x = whole[1][row, column].bfloat16().float()
+        if x.norm() <= data.limit:
+            ids = [rows[row, column - back].item() if column >= back else -1 for back in range(3)]
+            wanted[tuple(x.tolist())] = (ids, whole[0][row, column])
+    assert 0 < len(wanted) < int(kept.sum())
+    seen = set()
+    for _, (x, t) in zip(range(30), data.source(0)):
+        for i, key in enumerate(map(tuple, x.tolist())):
+            ids, below = wanted[key]
+            assert t.ids[i].tolist() == ids and torch.equal(t.layers[1][i], x[i])
+            assert torch.allclose(t.layers[0][i], below, rtol=0.01, atol=0.01)
+            seen.add(key)
+    assert seen == set(wanted)
+    parts = list(data.parts())
+    assert sum(len(t) for _, t in parts) == len(wanted) and all(isinstance(t, Context) for _, t in parts)
+    x, t, where = held_out(lm.layer(1), rows, data.limit, folder=tmp_path, needs=needs)
+    assert torch.equal(t.ids, needs.context(rows, {0: whole[0], 1: whole[1]})[where].ids) and torch.equal(t.layers[1], x)
+    plain = prepare(lm.layer(1), rows, batch=16, store_gb=store_gb, folder=tmp_path, outliers=outliers, buffer=64)
+    assert plain.identity == data.identity and torch.equal(next(plain.source(3))[0], next(data.source(3))[0])
+
+
+def test_a_stream_with_contexts_goes_on_bit_for_bit(tiny_gpt2, tmp_path):
+    needs = Needs(2, (0,))
+    data = prepare(tiny_gpt2.layer(1), ROWS, batch=16, buffer=64, store_gb=0, folder=tmp_path, needs=needs)
+    source = data.source(0)
+    for _ in range(5):
+        next(source)
+    state = {name: value.clone() if torch.is_tensor(value) else value for name, value in source.state().items()}
+    wanted = [next(source) for _ in range(8)]
+    again = data.source(7)
+    again.settings["seed"] = 0
+    again.restore(state)
+    for (x, t), (y, s) in zip(wanted, again):
+        assert torch.equal(x, y) and torch.equal(t.ids, s.ids) and torch.equal(t.layers[0], s.layers[0])

@@ -5,8 +5,10 @@ import sys
 
 import pandas as pd
 import pytest
+import test_baseline
+import test_parallel
 
-from tsae import readme
+from tsae import readme, store
 
 
 def test_a_table_is_markdown_and_keeps_its_bars():
@@ -34,3 +36,33 @@ def test_a_module_loads_only_what_it_needs(module, never):
     code = f"import sys, tsae.{module}; print(sorted(sys.modules.keys() & set({never.split()})))"
     told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert told.stdout == "[]\n", told.stdout + told.stderr
+
+
+DOES = {  # what a baseline adds, and whether it learns
+    "tokens": ("one row a token: the table of the paper", "yes"), "frozen": ("the token's mean", "no"),
+    "grams": ("rows of tokens, and of the n-grams that pay for one", "yes"),
+    "hashed": ("rows of tokens, and rows that n-grams share by hash", "yes"),
+    "embedding": ("a map of the model's token embedding", "the map"), "low rank": ("a table of low rank", "yes"),
+    "affine": ("a map of the activation at an earlier layer", "yes"),
+    "directions": ("the first principal directions of the activation", "no"),
+    "earlier": ("the reconstruction of a trained SAE", "no")}
+
+
+def works() -> str:
+    """The README's table of what works with what, from the parametrisation of the tests."""
+    marks = {mark.args[0]: mark.args[1] for mark in test_baseline.test_every_baseline_goes_with_every_activation.pytestmark}
+    resumes = test_baseline.test_a_run_with_any_baseline_goes_on_bit_for_bit.pytestmark[0].args[1]
+    case = dict(tokens="table", frozen="frozen")
+    return readme.markdown([{
+        "baseline": kind, "adds": DOES[kind][0], "learns": DOES[kind][1],
+        "activations": ", ".join(marks["activation"]), "encoder sees": " or ".join(marks["sees"]),
+        "exact resume": "yes" if kind in resumes else "no",
+        "ranks share a batch": "yes" if case.get(kind, kind) in test_parallel.CASES else "not tested",
+        "features on several ranks": "topk" if case.get(kind, kind) in test_parallel.TOPK else "not tested",
+    } for kind in marks["kind"]])
+
+
+def test_the_readme_says_what_works_as_the_tests_have_it():
+    page = (store.ROOT / "README.md").read_text(encoding="utf-8")
+    _, _, rest = page.partition("<!-- works -->\n")
+    assert rest.partition("<!-- /works -->")[0].strip() == works()

@@ -264,7 +264,7 @@ def test_jumprelu_thresholds_get_the_straight_through_gradient():
                 if abs(pre[b, i] - theta[i]) < 1.5 / 2:
                     by_code = -2 * error[b] @ sae.W_dec[i] * (-theta[i] / 1.5)
                     expected[i] += theta[i] * (by_code + 0.3 * (-1 / 1.5)) / B  # theta: from d theta / d log theta
-    assert (expected != 0).sum() > N / 2 and torch.allclose(sae.log_threshold.grad, expected)
+    assert (expected != 0).sum() > N / 3 and torch.allclose(sae.log_threshold.grad, expected)
 
 
 @pytest.mark.parametrize("activation", ["topk", "batchtopk"])

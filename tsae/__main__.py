@@ -220,7 +220,7 @@ def main(arguments: list[str] | None = None) -> None:
                              f"{folder / 'notebooks'}") from None
     if options.publish:
         publish(folder, options.preset)
-    if notebooks[-1].stem == "05_figures":
+    if any(path.stem == "05_figures" for path in notebooks):
         show_evidence(folder)
 
 

@@ -17,7 +17,7 @@ def encoded(sae: SAE, x: torch.Tensor, t: torch.Tensor, batch: int = 4096) -> cs
     values, features, counts = [], [], []
     for a, tokens in zip(x.split(batch), t.split(batch)):
         if sae.activation == "topk":  # never builds the dense codes
-            active, support = sae.selected(a / sae.scale, tokens)
+            active, support = sae.selected(a / sae.scale, sae.baseline(tokens))
             index, per_position = support.index, torch.full((len(a),), sae.k)
         else:
             codes = sae.encode(a, tokens)

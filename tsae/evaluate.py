@@ -7,6 +7,7 @@ import pandas as pd
 import torch
 from scipy.special import stdtrit
 
+from tsae.baseline import Baseline, Context, token_ids
 from tsae.sae import SAE
 
 
@@ -130,6 +131,54 @@ def reconstruction(sae: SAE, x: torch.Tensor, t: torch.Tensor,
         result |= dict(lookup_nmse=torch.cat(lookup_errors).mean().item(),
                        lookup_share=share.item())
     return result
+
+
+@torch.no_grad()
+def explained(known: Baseline, stats: dict[str, torch.Tensor], x: torch.Tensor,
+              t: torch.Tensor | Context, batch: int = 4096) -> float:
+    """The share of the variance of x (m, d) raw that a fitted baseline explains alone.
+
+    `stats` are those that it was fitted with: its rows are about their mean, in their scale.
+    """
+    left = sum((a - stats["mean"] - known(context) * stats["scale"]).square().sum()
+               for a, context in zip(x.split(batch), t.split(batch)))
+    return 1 - (left / (x - x.mean(0)).square().sum()).item()
+
+
+@torch.no_grad()
+def token_read(sae: SAE, x: torch.Tensor, t: torch.Tensor, means: torch.Tensor,
+               batch: int = 4096) -> float:
+    """How much of what the encoder reads is the token: the share of the pre-activations' variance,
+    summed over features, that comes from the token's mean in `means` (V, d) raw.
+
+    x (m, d) raw, t (m,). Where the encoder sees the rest, its table row is off the mean too.
+    """
+    def moments(parts: Iterable[torch.Tensor]) -> torch.Tensor:
+        """The variance of pre-activations, summed over features."""
+        total = squares = 0.0
+        for pre in parts:
+            pre = pre.double()
+            total, squares = total + pre.sum(0), squares + pre.square().sum(0)
+        return (squares / len(x) - (total / len(x)).square()).sum()
+
+    whole = moments(sae.preactivations(*pair) for pair in zip(x.split(batch), t.split(batch)))
+    mean = moments(sae.preactivations(means[token_ids(known)], known) for known in t.split(batch))
+    return (mean / whole).item()
+
+
+@torch.no_grad()
+def silent(saes: list[SAE], pairs: Iterable[tuple[torch.Tensor, torch.Tensor]],
+           batch: int = 4096) -> tuple[list[float], int]:
+    """The share of features of each SAE that never fire over `pairs` x (m, d) raw, t (m,), which
+    are read once, and the number of positions in them.
+    """
+    fired, positions = [torch.zeros(sae.n, dtype=torch.bool) for sae in saes], 0
+    for x, t in pairs:
+        positions += len(t)
+        for a, tokens in zip(x.split(batch), t.split(batch)):
+            for seen, sae in zip(fired, saes):
+                seen |= sae.reconstructed(a, tokens)[2].cpu()
+    return [1 - seen.float().mean().item() for seen in fired], positions
 
 
 def table_drift(sae: SAE, start: torch.Tensor, seen: torch.Tensor) -> dict[str, float]:

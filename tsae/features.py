@@ -1,10 +1,12 @@
 """What each feature answers to: unigrams and n-grams fed alone, and contexts in real text."""
 
+import html
 from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 import torch
+from IPython.display import HTML
 from scipy.sparse import csc_array
 
 from tsae.codes import encoded, firings, strongest
@@ -65,6 +67,37 @@ def single_token(codes: csc_array, t: np.ndarray, least: int = 50) -> float:
     enough = np.diff(codes.indptr) >= least
     whole = np.bincount(feature, code, codes.shape[1])
     return float(np.mean(most[enough] > whole[enough] / 2)) if enough.any() else float("nan")
+
+
+@torch.no_grad()
+def top(lm, sae: SAE, layer: int, text: str, features: int = 3) -> pd.DataFrame:
+    """The strongest features at each token of a text: columns position, token, feature, code.
+
+    `lm`: a tsae.lm.LM. Codes are in units of the SAE's scale; position 1 is the first after BOS.
+    """
+    row = torch.tensor([[lm.bos, *lm.tokenizer(text, add_special_tokens=False)["input_ids"]]])
+    needs = sae.baseline.needs
+    found = lm.residuals(row, [layer, *needs.layers])
+    known = needs.context(row.to(lm.device), found)
+    codes = sae.encode(found[layer][0, 1:], known[0, 1:])
+    values, index = codes.topk(min(features, sae.n), dim=1)
+    position, rank = (values > 0).cpu().nonzero(as_tuple=True)
+    words = [lm.tokenizer.decode([i]) for i in row[0, 1:].tolist()]
+    feature, code = index.cpu()[position, rank], values.cpu()[position, rank]
+    return pd.DataFrame(dict(position=position + 1, token=[words[i] for i in position],
+                             feature=feature, code=code))
+
+
+def show(tokens: list[str], codes: np.ndarray) -> HTML:
+    """A text with its tokens shaded by a feature's codes (m,): the strongest is darkest."""
+    codes = np.asarray(codes, float)
+    if len(tokens) != len(codes):
+        raise ValueError(f"{len(tokens)} tokens and {len(codes)} codes were given to show: "
+                         "expected one code a token")
+    shade = codes / max(codes.max(initial=0), 1e-9)
+    spans = [f'<span style="background:rgba(217,84,30,{share:.2f})" title="{code:.2f}">'
+             f"{html.escape(word)}</span>" for word, share, code in zip(tokens, shade, codes)]
+    return HTML(f'<div style="white-space:pre-wrap;line-height:1.7">{"".join(spans)}</div>')
 
 
 def overlap(response: Response, scanned: Scan, last_tokens: np.ndarray, t: np.ndarray,

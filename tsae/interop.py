@@ -20,7 +20,7 @@ from tqdm import tqdm
 from tsae import formats, store
 from tsae import sae as native
 from tsae.formats import CONFIG, DICTIONARIES, SAELENS, SPARSIFY, TABLE, UNSHIFTED, WEIGHTS
-from tsae.sae import SAE
+from tsae.sae import LOOKUPS, SAE
 
 SPARSITY, CARD = "sparsity.safetensors", "README.md"
 ALIASES = {"gpt2-small": "gpt2", "mistral-7b": "mistral-7b-v0.1"}  # TransformerLens's names
@@ -106,8 +106,10 @@ def from_pretrained(path: str | Path, id: str = "") -> tuple[SAE, dict]:
     sae = SAE(d, n, activation, k, vocabulary=len(state.get("W_lookup", ())),
               lookup="learned" if "W_lookup" in state else "none",
               encoder_sees=about.get("encoder_sees", "full"))
+    if "W_lookup" in state:
+        state["baseline.W_lookup"] = state.pop("W_lookup")
     sae.load_state_dict(state)
-    return sae.eval(), about | {"layer": layer}
+    return sae.eval().requires_grad_(False), about | {"layer": layer}
 
 
 @torch.no_grad()
@@ -118,7 +120,11 @@ def _exported(sae: SAE, hook_name: str, centred: bool | None) -> tuple[dict[str,
     x - row only where the row's mean is 0.
     """
     formats.layer_of(hook_name)  # ValueError for what could not be read back
-    own = {name: tensor.detach().cpu().float() for name, tensor in sae.state_dict().items()}
+    if sae.lookup not in LOOKUPS:
+        raise ValueError(f"this SAE has a baseline of the kind {sae.lookup!r}: other libraries' "
+                         "formats have room for a token table only; keep it with SAE.save")
+    own = {name.removeprefix("baseline."): tensor.detach().cpu().float()
+           for name, tensor in sae.state_dict().items()}
     own["W_enc"] = own["W_enc"] / sae.scale
     own |= {name: own[name] * sae.scale for name in ("W_dec", "b_dec", "W_lookup") if name in own}
     if sae.activation == "jumprelu":

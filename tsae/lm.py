@@ -12,9 +12,11 @@ of the text. Where a function takes a `limit`, positions with a larger norm do n
 import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 
+import pandas as pd
 import torch
 from nnsight import NNsight
 from torch import nn
@@ -23,11 +25,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 from tsae import fetch
+from tsae.baseline import Context, Needs
 from tsae.text import bos_id
 
 VERSION = 1  # of residuals: raise it when the same model and tokens give something else
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-Patch = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # x (m, d), t (m,) -> x_hat (m, d)
+# x (m, d), tokens (m,) or their Context -> x_hat (m, d)
+Patch = Callable[[torch.Tensor, torch.Tensor | Context], torch.Tensor]
+Steer = tuple[int, torch.Tensor, float]  # layer, direction (d,) raw, strength
 
 
 @dataclass(frozen=True)
@@ -35,7 +40,8 @@ class Layer:
     """The residual stream at one layer, as functions: what pairs (x, t) are made from.
 
     residuals(tokens (b, T)) -> x (b, T, d) float32; keep(tokens) -> (b, T) bool, positions that
-    count; unigrams() -> A([BOS, t])[1] of all ids (V, d); identity: what names these numbers.
+    count; unigrams() -> A([BOS, t])[1] of all ids (V, d); identity: what names these numbers;
+    other(number): the Layer of that number.
     """
 
     number: int
@@ -46,6 +52,7 @@ class Layer:
     vocabulary: int
     device: torch.device
     identity: dict
+    other: Callable[[int], "Layer"] | None = None
 
 
 class LM:
@@ -70,9 +77,9 @@ class LM:
             raise ValueError(f"the tokenizer gives ids up to {largest}, the embedding of "
                              f"{self.name} has {self.vocabulary} rows: take this model's tokenizer")
         self.traced = NNsight(model)
-        self.blocks = self.traced.get(path)
+        self.blocks, self.modules = self.traced.get(path), model.get_submodule(path)
         self.centred = False
-        self._look(model.get_submodule(path)[0])
+        self._look(self.modules[0])
 
     @torch.no_grad()
     def _look(self, block: nn.Module) -> None:
@@ -135,7 +142,7 @@ class LM:
         number = self.layer_number(wanted)
         return Layer(number, lambda tokens: self.residuals(tokens, [number])[number], self.keep,
                      lambda: self.unigrams(number), self.d_model, self.vocabulary, self.device,
-                     dict(layer=number, weights=self.fingerprint, residuals=VERSION))
+                     dict(layer=number, weights=self.fingerprint, residuals=VERSION), self.layer)
 
     def keep(self, tokens: torch.Tensor, x: torch.Tensor | None = None,
              limit: float = math.inf) -> torch.Tensor:
@@ -198,16 +205,19 @@ class LM:
 
     @torch.no_grad()
     def nats(self, tokens: torch.Tensor, layer: int = 0, patch: Patch | None = None,
-             residuals: torch.Tensor | None = None, limit: float = math.inf) -> torch.Tensor:
+             residuals: torch.Tensor | None = None, limit: float = math.inf,
+             known: torch.Tensor | Context | None = None) -> torch.Tensor:
         """Cross-entropy in nats (m,) at each kept position of tokens (b, T) that has a next token.
 
         `patch(x, t) -> x_hat` replaces the residuals x (m', d) with tokens t (m',) of all kept
         positions at `layer`. Given the `residuals` (b, T, d) there, the blocks below are skipped,
-        and positions with a norm over `limit` are neither patched nor counted.
+        and positions with a norm over `limit` are neither patched nor counted. `known`: what patch
+        gets in place of the tokens, of all (b, T) positions (baseline.Needs.context).
         """
         tokens = self._checked(tokens, [layer])
         kept = self.keep(tokens, residuals, limit)
-        replace = (lambda x: patch(x, tokens[kept])) if patch else None
+        known = tokens if known is None else known
+        replace = (lambda x: patch(x, known[kept])) if patch else None
         logits = self._logits(tokens, layer, residuals, kept, replace)[:, :-1].float()
         # By hand: cross_entropy would copy the logits, and keep their softmax.
         of_next = logits.gather(-1, tokens[:, 1:, None]).squeeze(-1)
@@ -231,21 +241,118 @@ class LM:
         logits = self._logits(tokens, layer, residuals, (row, column), patch, columns=T - first)
         return logits[row, column - first].float()
 
-    def tail(self, rows: torch.Tensor, layer: int,
-             limit: float = math.inf) -> Callable[[Patch | None], float]:
+    def tail(self, rows: torch.Tensor, layer: int, limit: float = math.inf,
+             needs: Needs = Needs()) -> Callable[[Patch | None], float]:
         """The function patch -> mean `nats` over rows (N, T), that runs the blocks from `layer` on.
 
         The residuals of the rows are computed once and kept in memory, (N, T, d) float32. Positions
-        with a norm over `limit` are neither patched nor counted.
+        with a norm over `limit` are neither patched nor counted. A patch gets what `needs` asks
+        for.
         """
-        known = [(part, self.residuals(part, [layer])[layer])
-                 for part in _progress(self._split(rows), "activations")]
+        parts = []
+        for part in _progress(self._split(rows), "activations"):
+            found = self.residuals(part, [layer, *needs.layers])
+            known = needs.context(part.to(self.device), found)
+            parts.append((part, found[layer], known))
 
         def patched_nats(patch: Patch | None) -> float:
-            each = [self.nats(part, layer, patch, x, limit) for part, x in known]
+            each = [self.nats(part, layer, patch, x, limit, known) for part, x, known in parts]
             return torch.cat(each).mean().item()
 
         return patched_nats
+
+    @contextmanager
+    def edited(self, layer: int, edit: Patch, limit: float = math.inf,
+               needs: Needs = Needs()) -> Iterator[None]:
+        """Inside, the model runs on edit(x (m, d), t) in place of the residuals x at `layer`.
+
+        Of the positions that count: see `keep`. t holds what `needs` asks for. It must run on whole
+        rows, with use_cache=False: ValueError otherwise.
+        """
+        self._check_layers([layer, *needs.layers])
+        if above := [n for n in needs.layers if n > layer]:
+            raise ValueError(f"what stands at layer {layer} cannot depend on layer {above[0]}")
+        tokens, seen = torch.zeros(0), {}
+
+        def begin(module, arguments, named):
+            nonlocal tokens
+            cache = named.get("past_key_values")
+            if cache is not None and cache.get_seq_length():
+                raise ValueError("an edited model runs on whole rows: pass use_cache=False")
+            tokens = named["input_ids"] if "input_ids" in named else arguments[0]
+
+        def note(number: int):
+            def read(module, arguments, named):
+                seen[number] = self._centre(_stream(arguments, named).float())
+            return read
+
+        def change(module, arguments, named):
+            stream = _stream(arguments, named)
+            x = self._centre(stream.float())
+            kept = self.keep(tokens, x, limit)
+            known = needs.context(tokens, seen | {layer: x})
+            x[kept] = edit(x[kept], known[kept])
+            new = torch.where(kept.unsqueeze(-1), x.to(stream.dtype), stream)
+            if arguments:
+                return (new, *arguments[1:]), named
+            return arguments, named | dict(hidden_states=new)
+
+        hooks = [(self.model, begin), *((self.modules[n], note(n)) for n in needs.layers),
+                 (self.modules[layer], change)]
+        handles = [module.register_forward_pre_hook(hook, with_kwargs=True)
+                   for module, hook in hooks]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    @torch.no_grad()
+    def generate(self, prompt: str, tokens: int = 30, steer: Sequence[Steer] = (),
+                 temperature: float = 0.0, seed: int = 0) -> str:
+        """`prompt` and `tokens` more, the likeliest ones or sampled at a `temperature`.
+
+        `steer`: [(layer, direction (d,) raw, strength)], added to the residuals of all positions
+        but BOS; sae.direction(feature) is a feature's.
+        """
+        with self.steered(steer), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            sampled = dict(do_sample=True, temperature=temperature) if temperature else {}
+            found = self.model.generate(
+                self._prompt(prompt), max_new_tokens=tokens, use_cache=False,
+                pad_token_id=self.bos, **(sampled or dict(do_sample=False)))
+        return self.tokenizer.decode(found[0, 1:])
+
+    def next_tokens(self, prompt: str, steer: Sequence[Steer] = (), top: int = 10) -> pd.DataFrame:
+        """What steering does to the token after `prompt`: token, before, after (probabilities).
+
+        The `top` tokens that change most come first. `steer` as in `generate`.
+        """
+        row = self._prompt(prompt)
+        with torch.no_grad():
+            before = self.model(input_ids=row, use_cache=False).logits[0, -1].float().softmax(-1)
+            with self.steered(steer):
+                after = self.model(input_ids=row, use_cache=False).logits[0, -1].float().softmax(-1)
+        ids = (after - before).abs().topk(top).indices
+        words = [self.tokenizer.decode([i]) for i in ids.tolist()]
+        return pd.DataFrame(dict(token=words, before=before[ids].cpu(), after=after[ids].cpu()))
+
+    @contextmanager
+    def steered(self, steer: Sequence[Steer]) -> Iterator[None]:
+        """Inside, the model runs with `steer` (see `generate`)."""
+        with ExitStack() as stack:
+            for layer, direction, strength in steer:
+                if direction.shape != (self.d_model,):
+                    raise ValueError(f"a direction of shape {tuple(direction.shape)} was given to "
+                                     f"steer by: expected ({self.d_model},), as sae.direction")
+                push = strength * direction.to(self.device)
+                stack.enter_context(self.edited(layer, lambda x, t, push=push: x + push))
+            yield
+
+    def _prompt(self, prompt: str) -> torch.Tensor:
+        """BOS and the tokens of a prompt (1, T)."""
+        ids = self.tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        return self._checked(torch.tensor([[self.bos, *ids]]), [0])
 
     def _split(self, rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Rows in parts: on a CPU, more logits at once would be fresh pages every time."""
@@ -268,6 +375,11 @@ class LM:
             raise ValueError(f"rows of {tokens.shape[1]} tokens were given: {self.name} reads at "
                              f"most {self.max_context}; choose a smaller `context`")
         return tokens.to(self.device, torch.long)
+
+
+def _stream(arguments: tuple, named: dict) -> torch.Tensor:
+    """The residuals among the arguments of a block."""
+    return arguments[0] if arguments else named["hidden_states"]
 
 
 def _progress(parts: Sequence, label: str) -> Iterator:

@@ -74,10 +74,10 @@ def _log_ticks(values: pd.Series) -> dict[str, list]:
 def _lines(table: pd.DataFrame, x: str, y: str, color: str = "table", **options) -> go.Figure:
     """A line for each `color`, with intervals where the table has the columns low and high."""
     colours = COLOURS if color in ("table", "sae") else None  # the column of arms
-    options = dict(markers=True, facet_col_spacing=0.08) | options
+    options = dict(markers=True, facet_col_spacing=0.08, color_discrete_map=colours) | options
     if "high" in table:
         options |= _error_bars(table, y)
-    figure = px.line(table, x, y, color=color, color_discrete_map=colours, **options)
+    figure = px.line(table, x, y, color=color, **options)
     if options.get("log_x"):
         figure.update_xaxes(_log_ticks(table[x]))
     if options.get("log_y"):
@@ -168,6 +168,23 @@ def pareto(table: pd.DataFrame, title: str = "Error by sparsity, by kind of SAE"
         trace.name = ", ".join(reversed(trace.name.split(", ")))
     return _titled(figure, title, "L0 (active features a token)", "lower is better",
                    width=1060, height=500)
+
+
+def lengths(table: pd.DataFrame, title: str) -> go.Figure:
+    """Columns arm, tokens, metric, value, low, high: nmse and ce_added over training tokens."""
+    drawn = table[table["metric"].isin(["nmse", "ce_added"])].sort_values("tokens")
+    colours = dict(zip(drawn["arm"].unique(), SEQUENCE * 3)) | COLOURS
+    figure = _lines(drawn, "tokens", "value", "arm", facet_col="metric", log_x=True, log_y=True,
+                    color_discrete_map=colours)
+    figure.update_yaxes(matches=None, showticklabels=True)
+    ticks = sorted(drawn["tokens"].unique())
+    labels = [f"{tick / 1e6:g}M" if tick >= 1e6 else f"{tick / 1e3:g}k" for tick in ticks]
+    figure.update_xaxes(tickvals=ticks, ticktext=labels)
+    for axis, (_, part) in zip(figure.select_yaxes(row=1), drawn.groupby("metric", sort=False)):
+        axis.update(_log_ticks(part["value"]))
+    below = dict(orientation="h", y=-0.2, yanchor="top")
+    return _titled(figure, title, "training tokens", "lower is better", width=940, height=560,
+                   legend=below)
 
 
 def bars(table: pd.DataFrame, x: str, title: str, label: str) -> go.Figure:

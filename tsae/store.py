@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import torch
 from safetensors import SafetensorError, safe_open
@@ -108,11 +109,34 @@ def no_result(folder: Path, *names: str) -> None:
     write_json(manifest, lines)
 
 
+def find(folder: str | Path, **settings: object) -> Path:
+    """Where the trained SAE with these settings lies, say k=8, lookup="learned", seed=0.
+
+    `folder`: of a run (or its name under data/runs), whose saes/index.csv names all of them.
+    Raises FileNotFoundError where there is no SAE, ValueError where none or several fit.
+    """
+    folder = Path(folder) if Path(folder).is_dir() else DATA / "runs" / folder
+    index = folder / "saes" / "index.csv"
+    if not index.is_file():
+        raise FileNotFoundError(f"no SAE was trained in {folder}: there is no {index}")
+    table = read_table(index)
+    if unknown := settings.keys() - set(table):
+        raise ValueError(f"the SAEs of {folder} have no setting {', '.join(sorted(unknown))}: they "
+                         f"have {', '.join(table)}")
+    fits = np.logical_and.reduce([table[name] == value for name, value in settings.items()])
+    found = table[fits] if settings else table
+    if len(found) != 1:
+        told = [name for name in table if name != "name" and found[name].nunique() > 1]
+        raise ValueError(f"{len(found)} SAEs of {folder} have these settings"
+                         + (f"; they differ in {', '.join(told)}: name one" if told else ""))
+    return folder / "saes" / found["name"].iloc[0]
+
+
 def write_tensors(path: str | Path, tensors: dict[str, torch.Tensor]) -> Path:
     """Write tensors as safetensors beside the sha256 of what they hold, whole or not at all."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with replacing(path) as temporary:
-        save_file(tensors, temporary, metadata=dict(sha256=_content(tensors)))
+        save_file(tensors, temporary, metadata=dict(sha256=content(tensors)))
     return Path(path)
 
 
@@ -124,7 +148,7 @@ def read_tensors(path: str | Path) -> dict[str, torch.Tensor] | None:
         with safe_open(path, "pt") as file:
             noted = (file.metadata() or {}).get("sha256")
         tensors = load_file(path)
-        if _content(tensors) == noted:
+        if content(tensors) == noted:
             return tensors
         reason = "its checksum differs" if noted else "it has no checksum"
     except SafetensorError as error:
@@ -133,12 +157,12 @@ def read_tensors(path: str | Path) -> dict[str, torch.Tensor] | None:
     return None
 
 
-def _content(tensors: dict[str, torch.Tensor]) -> str:
+def content(tensors: dict[str, torch.Tensor]) -> str:
     """sha256 over names, dtypes, shapes and bytes, as hex."""
     state = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         state.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        state.update(tensor.reshape(-1).view(torch.uint8).numpy())
+        state.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy())
     return state.hexdigest()
 
 

@@ -4,6 +4,7 @@ Pairs (x, t) come without BOS and special tokens: lm.LM.keep says which position
 pairs.extract leaves the others out.
 """
 
+import copy
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -17,7 +18,7 @@ from tsae.evaluate import squared_errors
 from tsae.sae import SAE
 
 Pair = tuple[torch.Tensor, torch.Tensor]
-VERSION = 2  # of trained SAEs: raise it when a step or a start computes something else
+VERSION = 3  # of trained SAEs: raise it when a step or a start computes something else
 SPIKE = 10.0  # times its running mean: a batch with a larger loss is softened
 
 
@@ -94,8 +95,8 @@ class Alone:
 class Run:
     """One SAE in training: its optimisers, its dead counters, its history, and where it stands.
 
-    Adam moves everything but the table, RowAdam moves the table at `table_lr`, in units of the
-    SAE's scale; both rates follow `schedule` over `tokens`. `sparsity` rises linearly over the
+    Adam moves everything but tables, RowAdam moves tables at `table_lr`, in units of the SAE's
+    scale; both rates follow `schedule` over `tokens`. `sparsity` rises linearly over the
     first `sparsity_warmup` of training. A feature is dead when it has not fired for
     `dead_after_tokens`. `check(sae) -> dict` adds columns to the history at `checks` points, evenly
     spaced in log tokens (fewer where one batch crosses several). `seed` only names the SAE where
@@ -122,8 +123,12 @@ class Run:
         self.sparsity, self.warmup_tokens = sparsity, max(1.0, sparsity_warmup * tokens)
         self.dead_after_tokens, self.aux_weight = dead_after_tokens, aux_weight
         self.check, self.log_every_tokens, self.exchange = check, log_every_tokens, exchange
-        table = [p for name, p in sae.named_parameters() if name == "W_lookup" and p.requires_grad]
-        rest = [p for name, p in sae.named_parameters() if name != "W_lookup"]
+        tables = {f"baseline.{name}" for name in sae.baseline.tables}
+        table = [p for name, p in sae.named_parameters() if name in tables and p.requires_grad]
+        rest = [p for name, p in sae.named_parameters() if name not in tables and p.requires_grad]
+        if not rest:
+            raise ValueError(f"no parameter of the {self.name} learns: if it was loaded, train "
+                             "sae.learn()")
         self.optimisers = [(torch.optim.Adam(rest, lr=lr, fused=True), lr)]
         if table:
             self.optimisers.append((RowAdam(table, table_lr), table_lr))
@@ -267,16 +272,21 @@ def learning(recipe: dict, lr: float) -> dict[str, float | str]:
 
 
 def build(stats: dict[str, torch.Tensor], unigrams: torch.Tensor, recipe: dict, activation: str,
-          n: int, k: int, lookup: str, seed: int) -> SAE:
+          n: int, k: int, lookup: str, seed: int, known: baseline.Baseline | None = None) -> SAE:
     """An SAE where a recipe (an entry of RECIPES) starts it.
 
-    `stats`: the statistics of the activations (pairs.extract.Moments); `unigrams` (V, d) raw.
+    `stats`: the statistics of the activations (pairs.extract.Moments); `unigrams` (V, d) raw;
+    `known`: a baseline in place of the token table, where it starts (it is copied).
     """
     vocabulary, d_model = unigrams.shape
     sae = SAE(d_model, n, activation, k, vocabulary, lookup, recipe["encoder_sees"],
-              stats["scale"].item(), recipe["aux_lookup"]).to(unigrams.device)
-    if lookup == "none":
+              stats["scale"].item(), recipe["aux_lookup"],
+              baseline=copy.deepcopy(known)).to(unigrams.device)
+    if lookup == "none" and known is None:
         return sae.start(stats["mean"], seed=seed)
+    if known is not None:
+        mean = stats["mean"] - known.mean * stats["scale"]
+        return sae.start(mean, None, 1.0, recipe["encoder_scale"], recipe["encoder"], seed)
     table = baseline.start_table(stats, unigrams, recipe)
     mean = baseline.left_over(stats, table)
     return sae.start(mean, table, 1.0, recipe["encoder_scale"], recipe["encoder"], seed)

@@ -9,6 +9,7 @@ import torch
 from scipy.sparse import csc_array
 from torch.nn.functional import normalize
 
+from tsae.baseline import token_ids
 from tsae.codes import by_strength, encoded, firings, ordered_within
 from tsae.sae import SAE
 from tsae.scoring.dictionary import nearest_rows
@@ -30,7 +31,8 @@ class Material:
 
     def __post_init__(self):
         tokens, known = self.rows.cpu().numpy()[tuple(self.places.T)], len(self.strings)
-        if len(self.x) != len(self.t) or not np.array_equal(tokens, self.t.cpu().numpy()):
+        own = token_ids(self.t).cpu().numpy()
+        if len(self.x) != len(self.t) or not np.array_equal(tokens, own):
             raise ValueError("x, t and places do not belong together: rows[places] must be t "
                              "(see features.where)")
         if (np.diff(self.places @ [self.rows.shape[1], 1]) <= 0).any():
@@ -61,7 +63,7 @@ def gather(sae: SAE, name: str, material: Material, scores: pd.DataFrame | None 
     in `_token`. Contexts are `contexts_each` of the strongest, of those nearest to the median code,
     and of random ones; a row of text stands in each list once. Codes are in the SAE's scale.
     """
-    if sae.lookup != "none" and sae.vocabulary != len(material.strings):
+    if sae.vocabulary and sae.vocabulary != len(material.strings):
         raise ValueError(f"the table of {name!r} has {sae.vocabulary} rows, there are strings for "
                          f"{len(material.strings)} tokens")
     codes = encoded(sae, material.x, material.t)
@@ -71,7 +73,7 @@ def gather(sae: SAE, name: str, material: Material, scores: pd.DataFrame | None 
     codes = codes[:, live]  # from here on features are numbered 0 .. len(live) - 1, and all fire
     peak = np.maximum.reduceat(codes.data, codes.indptr[:-1])
     mass = np.add.reduceat(codes.data, codes.indptr[:-1], dtype=np.float64)
-    t = material.t.cpu().numpy().astype(np.int64)
+    t = token_ids(material.t).cpu().numpy().astype(np.int64)
     directions = sae.W_dec.detach()[torch.as_tensor(live, device=sae.W_dec.device)].float()
     pairs = _by_token(codes, t)
     best = _heaviest(pairs, "feature")
@@ -82,8 +84,8 @@ def gather(sae: SAE, name: str, material: Material, scores: pd.DataFrame | None 
                  **_related(sae, directions, material))
     features = [dict(zip(shown, row)) for row in zip(*shown.values())]
     tokens = _features_of_tokens(pairs, t, live)
-    if sae.lookup != "none":
-        describe_rows(tokens, sae.W_lookup.detach().float() * sae.scale, "row")
+    if (table := sae.baseline.token_rows()) is not None:
+        describe_rows(tokens, table.float() * sae.scale, "row")
     count = np.diff(codes.indptr)
     table = pd.DataFrame(dict(feature=live, frequency=count / len(t), peak_code=peak,
                               mean_code=mass / count))
@@ -199,8 +201,8 @@ def _related(sae: SAE, directions: torch.Tensor, material: Material) -> dict[str
         lists["suppressed"] = matches(directions, logits, LISTED, -1)
     if material.unigrams is not None:
         lists["unigrams"] = matches(unit, _centred(material.unigrams).to(unit), NEAREST)
-    if sae.lookup != "none":
-        lists["rows"] = matches(unit, _centred(sae.W_lookup.detach()).float(), NEAREST)
+    if (table := sae.baseline.token_rows()) is not None:
+        lists["rows"] = matches(unit, _centred(table).float(), NEAREST)
     return lists
 
 

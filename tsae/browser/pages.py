@@ -22,6 +22,7 @@ import numpy as np
 import pandas as pd
 
 from tsae import store
+from tsae.baseline import token_ids
 from tsae.browser.gather import NEAREST, Material, Pages, describe_rows, gather, matches, short
 
 __all__ = ["Material", "Pages", "data", "gather", "write", "write_one"]
@@ -48,7 +49,8 @@ def data(material: Material, pages: list[Pages], title: str, about: dict[str, st
     facts = {key: str(value) for key, value in about.items()}
     yield "about", dict(title=title, about=facts, meanings=MEANINGS | meanings, part=PART,
                         positions=len(material.t), saes=saes)
-    counts = np.bincount(material.t.cpu().numpy(), minlength=len(material.strings)).tolist()
+    seen = token_ids(material.t).cpu().numpy()
+    counts = np.bincount(seen, minlength=len(material.strings)).tolist()
     yield "strings", dict(strings=material.strings, counts=counts)
     yield from _parts("x", material.rows.tolist(), PART["rows"])
     for i, page in enumerate(pages):

@@ -5,17 +5,22 @@ from collections.abc import Callable, Iterable, Iterator
 
 import torch
 
-Pair = tuple[torch.Tensor, torch.Tensor]
+from tsae.baseline import Context, Needs
+
+Pair = tuple[torch.Tensor, torch.Tensor | Context]
 NO_POSITION = "the rows hold special tokens only: there is no position to train on"
 
 
 def activations(rows: torch.Tensor, residuals: Callable, keep: Callable, batch_rows: int = 64,
-                order: torch.Tensor | None = None, limit: float = math.inf) -> Iterator[Pair]:
+                order: torch.Tensor | None = None, limit: float = math.inf,
+                needs: Needs = Needs(),
+                layers: dict[int, Callable] | None = None) -> Iterator[Pair]:
     """Pairs x (m, d) float32, t (m,) of the positions that are kept, one pass at a time.
 
     A pass takes `batch_rows` of the token rows (N, T), in `order`. residuals(tokens (b, T)) ->
     (b, T, d); keep(tokens (b, T)) -> (b, T) bool. Sinks are left out: an x with a norm over
-    `limit`. ValueError for a NaN or infinite activation.
+    `limit`. ValueError for a NaN or infinite activation. Where `needs` has more than the token, t
+    is the Context it asks for; `layers` has the `residuals` of other layers in it.
     """
     order = torch.arange(len(rows)) if order is None else order
     for which in order.split(batch_rows):
@@ -28,7 +33,9 @@ def activations(rows: torch.Tensor, residuals: Callable, keep: Callable, batch_r
                              f"position {position}, token id {int(tokens[row, position])}: load "
                              "the language model in float32, or leave that document out")
         kept = kept.to(x.device) & (x.norm(dim=-1) <= limit)
-        yield x[kept], tokens.to(x.device)[kept]
+        tokens = tokens.to(x.device)
+        others = {n: layers[n](tokens) if layers and n in layers else x for n in needs.layers}
+        yield x[kept], needs.context(tokens, others)[kept]
 
 
 class Moments:

@@ -8,8 +8,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
+from tsae.baseline import Context, Needs, mixed
 from tsae.pairs.extract import NO_POSITION, Pair, activations
-from tsae.pairs.shards import Pairs
+from tsae.pairs.shards import InContext, Pairs, Some
 
 
 def permuted(i: torch.Tensor, n: int, seed: int, epoch: int) -> torch.Tensor:
@@ -24,19 +25,10 @@ def permuted(i: torch.Tensor, n: int, seed: int, epoch: int) -> torch.Tensor:
     while beyond.any():
         left, right = out[beyond] // base, out[beyond] % base
         for key in keys:
-            left, right = right, (left + _hashed(right + key)) % base
+            left, right = right, (left + mixed(right + key)) % base
         out[beyond] = left * base + right
         beyond = out >= n
     return out
-
-
-def _hashed(v: torch.Tensor) -> torch.Tensor:
-    """A hash of 32 bits; its multiplier has 27, so no product leaves int64."""
-    for _ in range(2):
-        v = v & 0xFFFFFFFF
-        v = (v ^ (v >> 16)) * 0x45D9F3B
-    v = v & 0xFFFFFFFF
-    return v ^ (v >> 16)
 
 
 class _Source:
@@ -67,8 +59,8 @@ class Shuffled(_Source):
     Batches are full and run on into the next epoch. `prefetch`: a thread works out the next one.
     """
 
-    def __init__(self, pairs: Pairs, batch: int, seed: int, prefetch: bool = False,
-                 rank: int = 0, world: int = 1):
+    def __init__(self, pairs: Pairs | Some | InContext, batch: int, seed: int,
+                 prefetch: bool = False, rank: int = 0, world: int = 1):
         super().__init__(batch, rank, world, seed=seed, pairs=len(pairs))
         self.pairs, self.seed = pairs, seed
         self._thread, self._ahead = ThreadPoolExecutor(1) if prefetch else None, None
@@ -104,19 +96,23 @@ class Streamed(_Source):
 
     Rows (N, T) are visited in a fresh permutation each epoch. `buffer` pairs are mixed, and half of
     them replaced at a time; their x is of `dtype`: bfloat16 rounds to 3 digits, as a Store does.
-    Every rank runs the language model on all rows. residuals, keep, limit: see `activations`.
+    Every rank runs the language model on all rows. residuals, keep, limit, needs, layers: see
+    `activations`; with `needs` beyond the token, t is a Context.
     """
 
     def __init__(self, rows: torch.Tensor, residuals: Callable, keep: Callable, batch: int,
                  buffer: int, seed: int, batch_rows: int = 64, dtype: torch.dtype = torch.bfloat16,
-                 rank: int = 0, world: int = 1, limit: float = math.inf):
+                 rank: int = 0, world: int = 1, limit: float = math.inf, needs: Needs = Needs(),
+                 layers: dict[int, Callable] | None = None):
         super().__init__(batch, rank, world, seed=seed, buffer=buffer, rows=len(rows),
                          context=rows.shape[1], batch_rows=batch_rows)
         self.rows, self.residuals, self.keep, self.dtype = rows, residuals, keep, dtype
-        self.limit = limit
+        self.limit, self.needs, self.layers = limit, needs, layers
         self.generator = torch.Generator().manual_seed(seed)
         self._new_epoch()
-        self.x, self.t = torch.empty(0, 0, dtype=dtype), torch.empty(0, dtype=rows.dtype)
+        # the buffer: x, t, and what else a Context holds
+        self.held = [torch.empty(0, 0, dtype=dtype), torch.empty(0, dtype=rows.dtype),
+                     *(torch.empty(0, 0, dtype=dtype) for _ in needs.layers)]
         self.used, self.ready = 0, 0  # pairs of the buffer given, and still to give before a refill
 
     def _new_epoch(self) -> None:
@@ -125,7 +121,7 @@ class Streamed(_Source):
 
     def __next__(self) -> Pair:
         if not self.ready:
-            self.x, self.t = self.x[self.used:].clone(), self.t[self.used:].clone()
+            self.held = [part[self.used:].clone() for part in self.held]
             self.used = 0  # the clones let go of what was given
             before = self.state()
             try:
@@ -137,11 +133,12 @@ class Streamed(_Source):
         self.used += self.batch
         self.ready -= self.batch
         self.given += 1
-        return self.x[mine].float(), self.t[mine].long()
+        x, *known = (part[mine] for part in self.held)
+        return x.float(), self.needs.joined(known)
 
     def _fill(self) -> None:
         """Passes over the next rows, one or more until the buffer is full; then it is mixed."""
-        parts, size = [(self.x, self.t)], len(self.t)
+        parts, size = [self.held], len(self.held[0])
         while len(parts) == 1 or size < max(self.settings["buffer"], 2 * self.batch):
             if self.row == len(self.order):
                 if not self.positions:
@@ -149,25 +146,31 @@ class Streamed(_Source):
                 self._new_epoch()
             which = self.order[self.row:self.row + self.settings["batch_rows"]]
             x, t = next(activations(self.rows, self.residuals, self.keep, len(which), which,
-                                    self.limit))
-            x, size = x.to(self.dtype), size + len(t)
-            parts.append((x, t))
+                                    self.limit, self.needs, self.layers))
+            ids, *others = t.parts if isinstance(t, Context) else [t]
+            new = [x.to(self.dtype), ids.to(self.rows.dtype), *(y.to(self.dtype) for y in others)]
+            parts.append(new)
             self.row += len(which)
             self.positions += len(t)
-        self.x, self.t = x.new_empty(size, x.shape[1]), t.new_empty(size)
+            size += len(t)
+        self.held = [part.new_empty(size, *part.shape[1:]) for part in new]
         # part by part to its places, as torch.cat(parts)[order] would cost a copy
         places = torch.randperm(size, generator=self.generator).argsort().to(x.device)
-        for (x, t), place in zip(parts, places.split([len(t) for _, t in parts])):
-            if len(t):  # an empty buffer has no width yet
-                self.x[place] = x.to(self.x.device)
-                self.t[place] = t.to(self.t.device)
+        for part, place in zip(parts, places.split([len(x) for x, *_ in parts])):
+            for own, values in zip(self.held, part):
+                if len(values):  # an empty buffer has no width yet
+                    own[place] = values.to(own.device)
         self.ready = size // 2 // self.batch * self.batch
 
     def state(self) -> dict[str, int | torch.Tensor]:
         """All that the next batches depend on, the buffer too. It is the same on all ranks."""
+        held = {name: part[self.used:] for name, part in zip(self._names(), self.held)}
         return dict(self.settings, given=self.given, row=self.row, positions=self.positions,
                     ready=self.ready, order=self.order, generator=self.generator.get_state(),
-                    x=self.x[self.used:], t=self.t[self.used:])
+                    **held)
+
+    def _names(self) -> list[str]:
+        return ["x", "t", *(f"layer{n}" for n in self.needs.layers)]
 
     def restore(self, state: dict[str, int | torch.Tensor]) -> None:
         """Go on as after `state`, without a pass. Raises ValueError for one of other settings."""
@@ -176,6 +179,7 @@ class Streamed(_Source):
             raise ValueError(f"the state was saved with a buffer of {state['x'].dtype}, and this "
                              f"source has {self.dtype}: use one of the same settings")
         self.generator.set_state(state["generator"].cpu())
-        self.order, self.x, self.t, self.used = state["order"].cpu(), state["x"], state["t"], 0
+        self.order, self.used = state["order"].cpu(), 0
+        self.held = [state[name] for name in self._names()]
         self.given, self.row, self.positions, self.ready = (
             int(state[name]) for name in ("given", "row", "positions", "ready"))

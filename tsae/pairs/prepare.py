@@ -13,10 +13,11 @@ import torch
 from tqdm import tqdm
 
 from tsae import store
+from tsae.baseline import Context, Needs
 from tsae.pairs.extract import NO_POSITION, Pair, activations, statistics
 from tsae.pairs.order import Shuffled, Streamed
 from tsae.pairs.shards import VERSION as STORE_VERSION
-from tsae.pairs.shards import Pairs, Some, Store, norms, within
+from tsae.pairs.shards import InContext, Pairs, Some, Store, norms, within
 
 VERSION = 2  # of what is kept: raise it when the same rows and layer give other statistics or pairs
 PLACE = store.CACHE / "activations"
@@ -29,13 +30,15 @@ class Data:
 
     source(seed): an endless iterator of pairs with state() and restore(); stats: see
     extract.Moments, and `limit`, the norm over which an activation is a sink and left out, and
-    `sinks`, how many were; unigrams (V, d) raw, sinks too; identity: what names the data.
+    `sinks`, how many were; unigrams (V, d) raw, sinks too; identity: what names the data; parts():
+    its pairs once, in order, sinks left out (streamed: of the sample of `prepare`).
     """
 
     source: Callable[[int], Iterator[Pair]]
     stats: dict[str, torch.Tensor]
     unigrams: torch.Tensor
     identity: dict
+    parts: Callable[[], Iterator[Pair]] | None = None
 
     @property
     def limit(self) -> float:
@@ -54,14 +57,16 @@ class Data:
 
 def prepare(layer, rows: torch.Tensor, batch: int = 4096, buffer: int = 131072,
             store_gb: float = 20.0, folder: Path = PLACE, sample_rows: int = 20_000,
-            rank: int = 0, world: int = 1, outliers: float = 10.0) -> Data:
+            rank: int = 0, world: int = 1, outliers: float = 10.0,
+            needs: Needs = Needs()) -> Data:
     """Activations at `layer` over token rows (N, T), from a store made once or streamed.
 
     Sinks are left out: norms over `outliers` times the median of the first 65536 (0: none is). A
     store that would need more than `store_gb` is not made: the language model then runs during
     training, pairs are mixed in a buffer of `buffer` tokens, and `stats` come from one pass over
     the first `sample_rows` rows, of which nothing is kept. Unigrams and `stats` are kept in
-    `folder`. Rank `rank` of `world` gets its share of every batch.
+    `folder`. Rank `rank` of `world` gets its share of every batch. t of the pairs is a Context of
+    what `needs` asks for, where that is more than the token.
     """
     if not outliers >= 0:
         raise ValueError(f"outliers is {outliers}: a multiple of the median norm was expected, or "
@@ -79,20 +84,50 @@ def prepare(layer, rows: torch.Tensor, batch: int = 4096, buffer: int = 131072,
     stats = _kept(folder / f"statistics-{key}.safetensors",
                   lambda: _measured(layer, rows[:sample_rows], pairs, outliers))
     left_out = stats.pop("left_out")
-    if stored and len(left_out):
-        kept = torch.ones(len(pairs), dtype=torch.bool)
-        kept[left_out] = False
-        pairs = Some(pairs, kept.nonzero().squeeze(1))
+    if stored:
+        pairs = _without(left_out, _in_context(layer, rows, pairs, needs, store_gb, folder))
+    layers = {n: layer.other(n).residuals for n in needs.layers if n != layer.number}
+    limit = stats["limit"].item()
 
     def source(seed: int) -> Iterator[Pair]:
         if stored:
             ahead = layer.device.type == "cuda"  # reads while the GPU works
             return Shuffled(pairs, batch, seed, ahead, rank, world)
         return Streamed(rows, layer.residuals, layer.keep, batch, buffer, seed, rank=rank,
-                        world=world, limit=stats["limit"].item())
+                        world=world, limit=limit, needs=needs, layers=layers)
+
+    def parts() -> Iterator[Pair]:
+        if not stored:
+            return activations(rows[:sample_rows], layer.residuals, layer.keep, limit=limit,
+                               needs=needs, layers=layers)
+        return (pairs.gather(index) for index in torch.arange(len(pairs)).split(8192))
 
     return Data(source, {name: value.to(layer.device) for name, value in stats.items()},
-                unigrams.to(layer.device), identity | own | dict(batch=batch, rows=_digest(rows)))
+                unigrams.to(layer.device), identity | own | dict(batch=batch, rows=_digest(rows)),
+                parts)
+
+
+def _without(left_out: torch.Tensor, pairs: Pairs | InContext) -> Pairs | InContext | Some:
+    """`pairs` but for those at left_out (m,)."""
+    if not len(left_out):
+        return pairs
+    kept = torch.ones(len(pairs), dtype=torch.bool)
+    kept[left_out] = False
+    return Some(pairs, kept.nonzero().squeeze(1))
+
+
+def _in_context(layer, rows: torch.Tensor, pairs: Pairs, needs: Needs, store_gb: float,
+                folder: Path) -> Pairs | InContext:
+    """Stored `pairs` with what `needs` asks for beside them, if it is more than the token."""
+    if not needs.more:
+        return pairs
+    layers = {n: _stored(layer.other(n), rows, store_gb, folder)
+              for n in needs.layers if n != layer.number}
+    found = [Needs(needs.grams, ()).context(part, {}) for part in rows.split(4096)]
+    ids = [known.ids if isinstance(known, Context) else known.unsqueeze(-1) for known in found]
+    kept = [layer.keep(part).cpu() for part in rows.split(4096)]
+    ids = torch.cat([part[where].int() for part, where in zip(ids, kept)])
+    return InContext(pairs, needs, ids, layers)
 
 
 def _measured(layer, rows: torch.Tensor, pairs: Pairs | None,
@@ -138,13 +173,16 @@ def _rounded(layer, rows: torch.Tensor) -> Iterator[Pair]:
 
 
 def held_out(layer, rows: torch.Tensor, limit: float = math.inf, store_gb: float = 20.0,
-             folder: Path = PLACE) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+             folder: Path = PLACE, needs: Needs = Needs()
+             ) -> tuple[torch.Tensor, torch.Tensor | Context, torch.Tensor]:
     """The pairs of token rows (N, T) in order, from a store, without sinks: norms over `limit`.
 
-    Returns x (m, d) float32, t (m,) int64, and kept (N, T) bool, where in the rows they stand.
+    Returns x (m, d) float32, t (m,) int64 (or its Context, as in `prepare`), and kept (N, T) bool,
+    where in the rows they stand.
     """
     pairs = _stored(layer, rows, store_gb, folder)
     below, kept = pairs.below(limit), layer.keep(rows).cpu()
+    pairs = _in_context(layer, rows, pairs, needs, store_gb, folder)
     x, t = pairs.gather(below.nonzero().squeeze(1))
     kept[kept.clone()] = below
     return x.to(layer.device), t.to(layer.device), kept

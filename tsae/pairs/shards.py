@@ -21,6 +21,7 @@ import torch
 from tqdm import tqdm
 
 from tsae import store
+from tsae.baseline import Needs
 from tsae.pairs.extract import NO_POSITION, Pair, activations, statistics
 
 try:
@@ -63,7 +64,7 @@ class Pairs:
 class Some:
     """Those of `pairs` that lie at index (m,) int64, read as if there were no others."""
 
-    def __init__(self, pairs: Pairs, index: torch.Tensor):
+    def __init__(self, pairs: "Pairs | InContext", index: torch.Tensor):
         self.pairs, self.index = pairs, index
 
     def __len__(self) -> int:
@@ -72,6 +73,23 @@ class Some:
     def gather(self, index: torch.Tensor) -> Pair:
         """The pairs at index (b,) int64: x (b, d) float32, t (b,) int64."""
         return self.pairs.gather(self.index[index])
+
+
+class InContext:
+    """`pairs` whose t is a Context: ids (m, grams) of the last tokens, and other layers' pairs."""
+
+    def __init__(self, pairs: Pairs, needs: Needs, ids: torch.Tensor, layers: dict[int, Pairs]):
+        self.pairs, self.needs, self.ids, self.layers = pairs, needs, ids, layers
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def gather(self, index: torch.Tensor) -> Pair:
+        """The pairs at index (b,) int64: x (b, d) float32, t a Context."""
+        x, _ = self.pairs.gather(index)
+        others = [self.layers[n].gather(index)[0] if n in self.layers else x
+                  for n in self.needs.layers]
+        return x, self.needs.joined([self.ids[index].to(x.device), *others])
 
 
 def norms(x: torch.Tensor) -> torch.Tensor:

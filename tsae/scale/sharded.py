@@ -1,5 +1,6 @@
 """One topk SAE whose features are dealt to the ranks: for dictionaries that outgrow a device."""
 
+import copy
 from pathlib import Path
 
 import torch
@@ -8,7 +9,7 @@ from torch import nn
 from torch.nn.functional import mse_loss, pad
 
 from tsae.kernels import Support, kth_largest, select_top, sum_rows
-from tsae.sae import SAE, KthLargest
+from tsae.sae import SAE, Known, KthLargest, Row
 from tsae.scale.parallel import any_rank, gathered, main, rank, together, world
 
 
@@ -29,7 +30,8 @@ class Sharded(SAE):
                              "a multiple of the ranks")
         nn.Module.__init__(self)
         self._configure(whole.config | dict(n=whole.n // world()))
-        for name, p in whole.named_parameters():
+        self.baseline = copy.deepcopy(whole.baseline)
+        for name, p in whole.named_parameters(recurse=False):
             mine = p.detach().chunk(world())[rank()] if name in self.sharded else p.detach()
             setattr(self, name, nn.Parameter(mine.clone(), requires_grad=p.requires_grad))
 
@@ -60,29 +62,30 @@ class Sharded(SAE):
 
     decode = encode
 
-    def forward(self, x: torch.Tensor, t: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, t: Known = None) -> torch.Tensor:
         """The reconstruction of this rank's x (b, d). All ranks call it, with as many rows each."""
-        codes, support = self.selected(x / self.scale, t)
+        row = self.baseline(t)
+        codes, support = self.selected(x / self.scale, row)
         rebuilt = _Sum.apply(sum_rows(codes, support, self.W_dec))
-        return (rebuilt + self.b_dec + self.baseline(t)) * self.scale
+        return (rebuilt + self.b_dec + row) * self.scale
 
-    def selected(self, z: torch.Tensor, t: torch.Tensor | None) -> tuple[torch.Tensor, Support]:
+    def selected(self, z: torch.Tensor, row: Row) -> tuple[torch.Tensor, Support]:
         """Codes (world * b, k) of this rank's features for all ranks' z (b, d).
 
         They are 0.0 where other ranks' features are stronger.
         """
-        return self._selected(_Gather.apply(self.encoder_input(z, t)))
+        return self._selected(_Gather.apply(self.encoder_input(z, row)))
 
     def _selected(self, z: torch.Tensor) -> tuple[torch.Tensor, Support]:
         codes, support = select_top(z, self.b_dec, self.W_enc, self.b_enc, min(self.k, self.n))
         return codes * _among_largest(codes.detach(), self.k), support
 
-    def loss(self, x: torch.Tensor, t: torch.Tensor | None = None, sparsity: float = 0.0,
+    def loss(self, x: torch.Tensor, t: Known = None, sparsity: float = 0.0,
              dead: torch.Tensor | None = None, aux_weight: float = 1 / 32,
              kth: KthLargest = kth_largest) -> dict[str, torch.Tensor]:
         """SAE.loss of this rank's share of the batch; fired (n,) and codes: its own features'."""
-        z = x / self.scale
-        seen = _Gather.apply(self.encoder_input(z, t))
+        z, row = x / self.scale, self.baseline(t)
+        seen = _Gather.apply(self.encoder_input(z, row))
         codes, support = self._selected(seen)
         parts = [sum_rows(codes, support, self.W_dec)]
         auxk = aux_weight and dead is not None
@@ -90,7 +93,7 @@ class Sharded(SAE):
         if any(dead_of_ranks):
             parts.append(self._explained(seen.detach(), dead, dead_of_ranks))
         rebuilt, *explained = _Sum.apply(torch.stack(parts, 1)).unbind(1)
-        z_hat = rebuilt + self.b_dec + self.baseline(t)
+        z_hat = rebuilt + self.b_dec + row
         loss = mse_loss(z_hat, z, reduction="sum") / len(z)
         if explained:
             weight = aux_weight * min(1.0, sum(dead_of_ranks) / max(1, self.d_model // 2))

@@ -13,6 +13,7 @@ from pathlib import Path
 import pandas as pd
 
 from tsae import store, train
+from tsae.baseline import Baseline
 from tsae.pairs.prepare import Data
 from tsae.sae import SAE
 from tsae.scale import parallel
@@ -52,6 +53,8 @@ def sweep(folder: Path, data: Data, jobs: list[dict], memory_gb: float = 4.0,
     for place, names in _planned(folder):  # what passes of another plan left
         if all(name in known and known[name].done for name in names):
             shutil.rmtree(place, ignore_errors=True)
+    if parallel.main() and (missing or begun or not (folder / "index.csv").is_file()):
+        _index(folder)
     return [job.place for job in jobs]
 
 
@@ -59,8 +62,9 @@ def trained(folder: Path, data: Data, **job) -> tuple[SAE, pd.DataFrame]:
     """An SAE trained on `data` and its history; from `folder` when it was trained before.
 
     activation, n, k, lookup, seed, tokens: as in SAE and Run; lr 1e-3, sparsity 0,
-    dead_after_tokens 200000, quick True (see quick_products), check None, checks 0; recipe "ours",
-    an entry of RECIPES, of which any other argument overrides a part (the ablations).
+    dead_after_tokens 200000, quick True (see quick_products), check None, checks 0; known None, a
+    Baseline in place of the table, where it starts (`lookup` is then "none"); recipe "ours", an
+    entry of RECIPES, of which any other argument overrides a part (the ablations).
     """
     place = sweep(folder, data, [job])[0]
     return SAE.load(place).to(data.unigrams.device), pd.read_csv(place / "history.csv")
@@ -69,9 +73,10 @@ def trained(folder: Path, data: Data, **job) -> tuple[SAE, pd.DataFrame]:
 class _Job:
     """One SAE of a sweep: its settings and its place in the folder."""
 
-    def __init__(self, folder: Path, data: Data, *, activation: str, n: int, k: int, lookup: str,
-                 seed: int, tokens: int, lr: float = 1e-3, sparsity: float = 0.0,
-                 recipe: str = "ours", dead_after_tokens: int = 200_000, quick: bool = True,
+    def __init__(self, folder: Path, data: Data, *, activation: str, n: int, k: int, seed: int,
+                 tokens: int, lookup: str = "none", known: Baseline | None = None,
+                 lr: float = 1e-3, sparsity: float = 0.0, recipe: str = "ours",
+                 dead_after_tokens: int = 200_000, quick: bool = True,
                  check: Callable[[SAE], dict] | None = None, checks: int = 0, **changes):
         parts = train.RECIPES["ours"]
         if recipe not in train.RECIPES or not set(changes) <= set(parts):
@@ -79,16 +84,19 @@ class _Job:
                 f"got recipe {recipe!r} with changes of {sorted(changes)}: the recipes are "
                 f"{', '.join(train.RECIPES)}, and they consist of {', '.join(parts)}")
         self.recipe, self.seed, self.tokens = train.RECIPES[recipe] | changes, seed, tokens
-        self.quick, self.check, self.lr = quick, check, lr
+        self.quick, self.check, self.lr, self.known = quick, check, lr, known
         self.shape = dict(activation=activation, n=n, k=k, lookup=lookup, seed=seed)
         self.length = dict(tokens=tokens, sparsity=sparsity, dead_after_tokens=dead_after_tokens,
                            checks=checks, seed=seed)
         self.settings = self.shape | self.length | dict(lr=lr, quick=quick)
         self.named = self.settings | self.recipe | data.identity | dict(trained=train.VERSION)
-        self.place = folder / store.key(**self.named)
         vocabulary, d_model = data.unigrams.shape
-        self.bytes = needed_bytes(d_model, n, activation, k, 0 if lookup == "none" else vocabulary,
-                                  data.identity["batch"])
+        rows = 0 if lookup == "none" else vocabulary
+        if known is not None:
+            self.named |= dict(known=known.config, known_state=store.content(known.state_dict()))
+            rows = sum(p.numel() for p in known.parameters()) // d_model
+        self.place = folder / store.key(**self.named)
+        self.bytes = needed_bytes(d_model, n, activation, k, rows, data.identity["batch"])
 
     @property
     def done(self) -> bool:
@@ -96,7 +104,7 @@ class _Job:
 
     def run(self, data: Data) -> train.Run:
         """The SAE at its start, to be trained."""
-        sae = train.build(data.stats, data.unigrams, self.recipe, **self.shape)
+        sae = train.build(data.stats, data.unigrams, self.recipe, **self.shape, known=self.known)
         return train.Run(sae, check=self.check, exchange=parallel.Ranks(), **self.length,
                          **train.learning(self.recipe, self.lr))
 
@@ -106,13 +114,28 @@ class _Job:
         store.write_table(self.place / "history.csv", history)
 
 
+def _index(folder: Path) -> None:
+    """Write folder/index.csv, by which store.find looks up SAEs.
+
+    A row an SAE: name, settings, the kind of a baseline given to it, the end of its history.
+    """
+    rows = []
+    for history in sorted(folder.glob("*/history.csv")):
+        settings, last = store.read_json(history.parent / "settings.json"), pd.read_csv(history)
+        known = settings.pop("known", {})
+        rows.append(dict(name=history.parent.name) | settings | dict(baseline=known.get("kind", ""))
+                    | dict(last.iloc[-1][["l0", "nmse", "dead"]]))
+    if rows:
+        store.write_table(folder / "index.csv", pd.DataFrame(rows))
+
+
 def _pass(folder: Path, data: Data, group: list[_Job], checkpoint_every_s: float) -> None:
     """Train the SAEs of a group on one pass, and keep each."""
     names = [job.place.name for job in group]
     unfinished = folder / "unfinished" / store.key(places=names)
     store.write_json(unfinished / PLAN, dict(places=names))
     runs, first = [job.run(data) for job in group], group[0]
-    table = "+ table " * (first.shape["lookup"] != "none")
+    table = "+ table " * (first.shape["lookup"] != "none" or first.known is not None)
     label = f"{len(group)} SAEs" if len(group) > 1 else f"{first.shape['activation']} {table}"
     histories = fit_all(runs, data.source(first.seed), first.quick, unfinished, checkpoint_every_s,
                         f"{label} seed {first.seed}")
@@ -143,9 +166,12 @@ def _planned(folder: Path) -> list[tuple[Path, list[str]]]:
     return found
 
 
-def needed_bytes(d_model: int, n: int, activation: str, k: int, vocabulary: int, batch: int) -> int:
-    """Peak memory of training an SAE: weights, gradients, Adam's moments, a step's own tensors."""
-    weights = 4 * (2 * n * d_model) + 3 * vocabulary * d_model
+def needed_bytes(d_model: int, n: int, activation: str, k: int, rows: int, batch: int) -> int:
+    """Peak memory of training an SAE: weights, gradients, Adam's moments, a step's own tensors.
+
+    `rows` are those of the table, or what the baseline's parameters come to.
+    """
+    weights = 4 * (2 * n * d_model) + 3 * rows * d_model
     step = 8 * batch * d_model + (8 * batch * k if activation == "topk" else 7 * batch * n)
     return 4 * (weights + step)
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, normalize
 
+from tsae.baseline import token_ids
 from tsae.evaluate import squared_errors
 from tsae.sae import SAE
 from tsae.scoring.dictionary import nearest_other
@@ -23,17 +24,17 @@ def by_token(sae: SAE, unigrams: Tensor, x: Tensor, t: Tensor, count: np.ndarray
     nmse: errors of the table alone and of the whole SAE; nearest_token, nearest_cosine: the most
     similar row of another of these tokens. ValueError without a table, or for a single token.
     """
-    if sae.lookup == "none":
+    if (table := sae.baseline.token_rows()) is None:
         raise ValueError("this SAE has no lookup table whose quality could be told")
-    ids, which, seen = torch.unique(t.cpu(), return_inverse=True, return_counts=True)
+    ids, which, seen = torch.unique(token_ids(t).cpu(), return_inverse=True, return_counts=True)
     mean, errors = torch.zeros(len(ids), sae.d_model), torch.zeros(2, len(ids))
     for a, tokens, to in zip(x.split(batch), t.split(batch), which.split(batch)):
         mean.index_add_(0, to, a.float().cpu())
         for total, a_hat in zip(errors, (sae.table_alone(tokens), sae(a, tokens))):
             total.index_add_(0, to, squared_errors(a, a_hat).float().cpu())
     mean, errors = mean / seen.float().unsqueeze(-1), errors / seen.float()
-    rows = sae.W_lookup[ids.to(x.device)].cpu() * sae.scale
-    alone = sae.table_alone(ids.to(x.device)).cpu()
+    rows = table[ids.to(x.device)].cpu() * sae.scale
+    alone = rows + sae.b_dec.detach().cpu() * sae.scale
     counts = seen.numpy() if count is None else np.asarray(count)[ids.numpy()]
     found = dict(token=ids.numpy(), count=counts)
     for name, ours, theirs in (("unigram", rows, unigrams.cpu()[ids]), ("mean", alone, mean)):

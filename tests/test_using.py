@@ -1,0 +1,146 @@
+"""What people do with an SAE once they have it: every snippet runs, and does what a forward pass by hand does."""
+
+import pandas as pd
+import pytest
+import torch
+
+from tsae import baseline, features, store
+from tsae.lm import LM
+from tsae.sae import SAE
+from tsae.scale.sweep import sweep, trained
+
+TEXT = "hello there"
+
+
+@pytest.fixture
+def sae() -> SAE:
+    g = torch.Generator().manual_seed(0)
+    made = SAE(16, 30, "topk", 4, 257, "learned", scale=0.7).start(torch.zeros(16), torch.randn(257, 16, generator=g))
+    return made.eval().requires_grad_(False)
+
+
+def ids(lm: LM) -> torch.Tensor:
+    return torch.tensor([[lm.bos, *lm.tokenizer(TEXT)["input_ids"]]])
+
+
+def logits(lm: LM) -> torch.Tensor:
+    with torch.no_grad():
+        return lm.model(input_ids=ids(lm), use_cache=False).logits[0]
+
+
+def test_the_strongest_features_of_a_sentence(tiny, sae):
+    found = features.top(tiny, sae, 1, TEXT, features=2)
+    codes = sae.encode(tiny.residuals(ids(tiny), [1])[1][0, 1:], ids(tiny)[0, 1:])
+    for position, rows in found.groupby("position"):
+        best = codes[position - 1].topk(2)
+        assert rows["feature"].tolist() == best.indices[best.values > 0].tolist()
+        assert rows["code"].tolist() == pytest.approx(best.values[best.values > 0].tolist())
+    assert found["token"].iloc[0] == "h" and set(found["position"]) <= set(range(1, len(TEXT) + 1))
+
+
+def test_a_shown_text_is_escaped_and_shaded():
+    shown = features.show(["<b>", " x", "y"], [0, 1, 2]).data
+    assert "&lt;b&gt;" in shown and "<b>" not in shown
+    assert [shade in shown for shade in ("30,0.00)", "30,0.50)", "30,1.00)")] == [True] * 3
+    with pytest.raises(ValueError, match="2 tokens and 3 codes"):
+        features.show(["a", "b"], [1, 2, 3])
+
+
+def test_the_model_runs_on_the_reconstruction(tiny, sae):
+    """As LM.nats does it through nnsight; outside of the block the model is what it was."""
+    clean = logits(tiny)
+    with sae.attached(tiny, 1):
+        patched = logits(tiny)
+    nats = tiny.nats(ids(tiny), 1, sae)
+    logs, tokens = patched[:-1].log_softmax(-1), ids(tiny)[0, 1:]
+    assert torch.allclose(-logs[1:].gather(1, tokens[1:, None]).squeeze(1), nats, atol=1e-4)
+    assert (patched - clean).abs().max() > 0.01 and torch.equal(logits(tiny), clean)
+    with sae.attached(tiny, 1, error=True):
+        assert torch.allclose(logits(tiny), clean, atol=1e-4)  # what it leaves is added back
+    with sae.attached(tiny, 1, change=lambda codes: codes * 0, error=True):
+        off = logits(tiny)
+    x = tiny.residuals(ids(tiny), [1])[1]
+    codes = sae.encode(x[0, 1:], ids(tiny)[0, 1:])
+    taken = x[0, 1:] - codes @ sae.W_dec * sae.scale
+    expected = tiny.nats(ids(tiny), 1, lambda x, t: taken[-len(x):])
+    logs = off[:-1].log_softmax(-1)
+    assert torch.allclose(-logs[1:].gather(1, tokens[1:, None]).squeeze(1), expected, atol=1e-4)
+
+
+def test_steering_adds_a_direction_everywhere_but_at_bos(tiny, sae):
+    push = 3.0 * sae.direction(5)
+    assert torch.allclose(push, 3.0 * sae.W_dec[5] * sae.scale)
+    with tiny.steered([(1, sae.direction(5), 3.0)]):
+        steered = logits(tiny)
+    nats = tiny.nats(ids(tiny), 1, lambda x, t: x + push)
+    logs, tokens = steered[:-1].log_softmax(-1), ids(tiny)[0, 1:]
+    assert torch.allclose(-logs[1:].gather(1, tokens[1:, None]).squeeze(1), nats, atol=1e-4)
+    changed = tiny.next_tokens(TEXT, [(1, sae.direction(5), 3.0)], top=4)
+    before, after = logits(tiny)[-1].softmax(-1), steered[-1].softmax(-1)
+    assert changed["after"].tolist() == pytest.approx(after[(after - before).abs().topk(4).indices].tolist(), abs=1e-5)
+    assert list(changed) == ["token", "before", "after"] and len(changed) == 4
+
+
+def test_text_goes_on_as_the_model_would_write_it(tiny, sae):
+    row = ids(tiny)
+    for _ in range(5):
+        with torch.no_grad():
+            row = torch.cat([row, tiny.model(input_ids=row, use_cache=False).logits[:, -1:].argmax(-1)], 1)
+    assert tiny.generate(TEXT, tokens=5) == tiny.tokenizer.decode(row[0, 1:])
+    plain = tiny.generate(TEXT, tokens=8, temperature=2.0)
+    pushed = [tiny.generate(TEXT, tokens=8, temperature=2.0, steer=[(1, sae.direction(j), 50.0)]) for j in range(4)]
+    assert any(each != plain for each in pushed)
+    sampled = [tiny.generate(TEXT, tokens=8, temperature=3.0, seed=seed) for seed in (0, 0, 1)]
+    assert sampled[0] == sampled[1] != sampled[2]
+
+
+def test_a_baseline_of_ngrams_and_layers_is_attached_too(tiny_gpt2, sae):
+    """What it needs is found on the way: the last tokens, and the activation of the layer below."""
+    g = torch.Generator().manual_seed(1)
+    below = baseline.Affine(16, 0, 16, 0.7)
+    below.left.data.normal_(generator=g)
+    known = baseline.Grams(16, 257, [257])
+    known.W_lookup.data.normal_(generator=g)
+    known.keys.copy_((torch.arange(257) + 257 * tiny_gpt2.tokenizer("e")["input_ids"][0]))
+    for each in (below, known):
+        other = SAE(16, 30, k=4, scale=0.7, baseline=each).start(torch.zeros(16)).requires_grad_(False)
+        tail = tiny_gpt2.tail(ids(tiny_gpt2), 1, needs=each.needs)
+        with other.attached(tiny_gpt2, 1):
+            logs = logits(tiny_gpt2)[:-1].log_softmax(-1)
+        tokens = ids(tiny_gpt2)[0, 1:]
+        assert -logs[1:].gather(1, tokens[1:, None]).mean() == pytest.approx(tail(other), abs=1e-4)
+        assert len(features.top(tiny_gpt2, other, 1, TEXT))
+
+
+def test_what_cannot_be_done_gets_a_sentence(tiny_gpt2, sae):
+    with pytest.raises(ValueError, match="feature 30 was asked for, there are 0 to 29"):
+        sae.direction(30)
+    with pytest.raises(ValueError, match=r"direction of shape \(4,\).*expected \(16,\)"):
+        tiny_gpt2.generate(TEXT, steer=[(1, torch.zeros(4), 1.0)])
+    with pytest.raises(ValueError, match="layer 7 was asked for"):
+        tiny_gpt2.generate(TEXT, steer=[(7, sae.direction(0), 1.0)])
+    with pytest.raises(ValueError, match="use_cache=False"), sae.attached(tiny_gpt2, 1):
+        tiny_gpt2.model.generate(ids(tiny_gpt2), max_new_tokens=3, use_cache=True, pad_token_id=0)
+    above = SAE(16, 30, k=4, baseline=baseline.Affine(16, 2, 16, 1.0))
+    with pytest.raises(ValueError, match="layer 1 cannot depend on layer 2"), above.attached(tiny_gpt2, 1):
+        pass
+
+
+def test_a_trained_sae_is_found_by_its_settings(data, tmp_path):
+    jobs = [dict(activation="topk", n=8, k=k, lookup=lookup, seed=0, tokens=100) for k in (2, 3) for lookup in ("none", "learned")]
+    places = sweep(tmp_path / "saes", data, jobs)
+    assert store.find(tmp_path, k=3, lookup="learned") == places[3]
+    table = pd.read_csv(tmp_path / "saes" / "index.csv")
+    assert len(table) == 4 and {"name", "k", "lookup", "seed", "nmse", "l0", "dead"} <= set(table)
+    _, history = trained(tmp_path / "saes", data, **jobs[3])
+    assert table.set_index("name").loc[places[3].name, "nmse"] == pytest.approx(history["nmse"].iloc[-1], rel=1e-4)
+    with pytest.raises(ValueError, match="2 SAEs .* they differ in .*lookup"):
+        store.find(tmp_path, k=3)
+    with pytest.raises(ValueError, match="0 SAEs"):
+        store.find(tmp_path, k=5)
+    with pytest.raises(ValueError, match="no setting colour: they have name"):
+        store.find(tmp_path, colour=1)
+    with pytest.raises(FileNotFoundError, match="no SAE was trained"):
+        store.find(tmp_path / "elsewhere", k=2)
+
+
