@@ -169,19 +169,23 @@ def test_the_table_alone_is_the_table_alone(model):
 
 
 def test_how_much_of_what_the_encoder_reads_is_the_token():
-    """Against the variance of pre-activations at tokens whose mean is all there is, and where the table takes it off."""
+    """Against an analysis of variance of each feature's pre-activations by hand; noise alone has about 0."""
     generator = torch.Generator().manual_seed(2)
-    means = torch.randn(V, D, generator=generator)
-    noise = torch.randn(M, D, generator=generator)
-    x = means[T] + noise
+    means, t = torch.randn(V, D, generator=generator), torch.randint(V, (2000,), generator=generator)
+    noise = torch.randn(2000, D, generator=generator)
+    x = means[t] + noise
     sae = random_sae("topk", encoder_sees="full")
-    pre, alone = ((a / 1.5 - sae.b_dec) @ sae.W_enc.T for a in (x, means[T]))
-    wanted = (alone.var(0, correction=0).sum() / pre.var(0, correction=0).sum()).item()
-    assert evaluate.token_read(sae, x, T, means, batch=7) == pytest.approx(wanted, rel=1e-4) and 0.2 < wanted < 0.9
+    pre = (sae.preactivations(x, t)).double()
+    groups = [pre[t == token] for token in range(V)]
+    between = sum(len(group) * (group.mean(0) - pre.mean(0)).square() for group in groups).sum()
+    within = sum((group - group.mean(0)).square().sum() for group in groups)
+    wanted = (between - (V - 1) * within / (2000 - V)) / (between + within)
+    assert evaluate.token_read(sae, x, t, batch=300) == pytest.approx(wanted.item(), rel=1e-5) and 0.2 < wanted < 0.9
+    assert abs(evaluate.token_read(sae, noise, t)) < 0.01
     rest = random_sae("topk", encoder_sees="rest")
     with torch.no_grad():
         rest.W_lookup.copy_(means / 1.5)
-    assert evaluate.token_read(rest, x, T, means) < 1e-6
+    assert abs(evaluate.token_read(rest, x, t)) < 0.01
 
 
 def test_silent_features_are_counted_over_all_parts_once():

@@ -146,24 +146,28 @@ def explained(known: Baseline, stats: dict[str, torch.Tensor], x: torch.Tensor,
 
 
 @torch.no_grad()
-def token_read(sae: SAE, x: torch.Tensor, t: torch.Tensor, means: torch.Tensor,
-               batch: int = 4096) -> float:
-    """How much of what the encoder reads is the token: the share of the pre-activations' variance,
-    summed over features, that comes from the token's mean in `means` (V, d) raw.
+def token_read(sae: SAE, x: torch.Tensor, t: torch.Tensor | Context, batch: int = 4096) -> float:
+    """How much of what the encoder reads is the token, on x (m, d) raw, t (m,).
 
-    x (m, d) raw, t (m,). Where the encoder sees the rest, its table row is off the mean too.
+    It is the share of the pre-activations' variance, summed over features, between tokens.
+
+    What m positions would show by chance is taken off (analysis of variance), so that an encoder
+    that sees nothing of the token has 0, or a little less.
     """
-    def moments(parts: Iterable[torch.Tensor]) -> torch.Tensor:
-        """The variance of pre-activations, summed over features."""
-        total = squares = 0.0
-        for pre in parts:
-            pre = pre.double()
-            total, squares = total + pre.sum(0), squares + pre.square().sum(0)
-        return (squares / len(x) - (total / len(x)).square()).sum()
-
-    whole = moments(sae.preactivations(*pair) for pair in zip(x.split(batch), t.split(batch)))
-    mean = moments(sae.preactivations(means[token_ids(known)], known) for known in t.split(batch))
-    return (mean / whole).item()
+    ids, which, counts = token_ids(t).unique(return_inverse=True, return_counts=True)
+    sums = x.new_zeros(len(ids), x.shape[1], dtype=torch.float64)
+    scatter = x.new_zeros(x.shape[1], x.shape[1], dtype=torch.float64)
+    for a, known, of in zip(x.split(batch), t.split(batch), which.split(batch)):
+        row = sae.baseline(known) if sae.encoder_sees == "rest" else 0.0
+        seen = sae.encoder_input(a / sae.scale, row).double()
+        sums.index_add_(0, of, seen)
+        scatter += seen.T @ seen
+    middle = len(x) * torch.outer(sums.sum(0) / len(x), sums.sum(0) / len(x))
+    between = (sums / counts[:, None]).T @ sums - middle
+    total = scatter - middle
+    chance = (len(ids) - 1) / max(1, len(x) - len(ids)) * (scatter - between - middle)
+    reads = sae.W_enc.double().T @ sae.W_enc.double()  # a pre-activation is linear in what is seen
+    return ((reads * (between - chance)).sum() / (reads * total).sum()).item()
 
 
 @torch.no_grad()

@@ -112,11 +112,13 @@ def no_result(folder: Path, *names: str) -> None:
 def find(folder: str | Path, **settings: object) -> Path:
     """Where the trained SAE with these settings lies, say k=8, lookup="learned", seed=0.
 
-    `folder`: of a run (or its name under data/runs), whose saes/index.csv names all of them.
+    `folder`: of a run (or its name under data/runs), whose saes/index.csv names all of them, or
+    the folder of a sweep.
     Raises FileNotFoundError where there is no SAE, ValueError where none or several fit.
     """
     folder = Path(folder) if Path(folder).is_dir() else DATA / "runs" / folder
-    index = folder / "saes" / "index.csv"
+    place = folder if (folder / "index.csv").is_file() else folder / "saes"
+    index = place / "index.csv"
     if not index.is_file():
         raise FileNotFoundError(f"no SAE was trained in {folder}: there is no {index}")
     table = read_table(index)
@@ -126,10 +128,11 @@ def find(folder: str | Path, **settings: object) -> Path:
     fits = np.logical_and.reduce([table[name] == value for name, value in settings.items()])
     found = table[fits] if settings else table
     if len(found) != 1:
-        told = [name for name in table if name != "name" and found[name].nunique() > 1]
+        told = [name for name in table
+                if name != "name" and found[name].nunique(dropna=False) > 1]
         raise ValueError(f"{len(found)} SAEs of {folder} have these settings"
                          + (f"; they differ in {', '.join(told)}: name one" if told else ""))
-    return folder / "saes" / found["name"].iloc[0]
+    return place / found["name"].iloc[0]
 
 
 def write_tensors(path: str | Path, tensors: dict[str, torch.Tensor]) -> Path:
