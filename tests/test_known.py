@@ -25,7 +25,7 @@ def data_of(x: torch.Tensor, ids: torch.Tensor, below: torch.Tensor | None = Non
     layers = {} if below is None else {BELOW: Memory(below, ids[:, 0])}
     pairs = InContext(Memory(x, ids[:, 0]), needs, ids, layers)
     return Data(lambda seed: Shuffled(pairs, batch, seed), statistics([(x, ids[:, 0])], V), torch.zeros(V, x.shape[1]),
-                dict(batch=batch, made="here"), lambda: (pairs.gather(part) for part in torch.arange(len(x)).split(700)))
+                dict(batch=batch, made="here"), lambda: (pairs.gather(part) for part in torch.arange(len(x)).split(700)), needs)
 
 
 def stream(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Generator]:
@@ -65,17 +65,22 @@ def test_ngrams_that_pay_get_the_row_that_a_loop_gives_them():
         where = (ids[:, :2] == torch.tensor(gram)).all(1)
         row = found.W_lookup[V + found.keys[:2].tolist().index(gram[0] + gram[1] * V)]
         assert torch.allclose(row, rest[where].sum(0) / (where.sum() + fits.PRIOR), atol=1e-4)
+    where = (ids == torch.tensor((4, 2, 6))).all(1)
+    longest = rest[where].sum(0) / (where.sum() + fits.PRIOR)  # no bigram with a row is its suffix
+    assert torch.allclose(found.W_lookup[-1], longest, atol=1e-4)
     explained = 1 - (z - found(Context(ids))).square().sum() / z.square().sum()
     alone = 1 - rest.square().sum() / z.square().sum()
     assert explained > alone + 0.03
 
 
-def test_on_noise_hardly_an_ngram_pays():
-    """What a count of 100 explains by chance is what the gain takes off: about half of the n-grams stay a little above."""
+def test_ngrams_that_explain_no_more_than_chance_get_no_row():
+    """On noise the gain of about half of the bigrams is below 0."""
     ids, x, g = stream()
     noise = x + torch.randn(M, D, generator=g)
     data = data_of(noise, ids)
-    found = fits.grams(data, [20, 0])
+    every = len(ids[:, :2].unique(dim=0)) - 6  # but for those that begin a row
+    found = fits.grams(data, [every, 0])
+    assert 0 < found.config["rows"][0] < 0.5 * every
     rows_of_grams = found.W_lookup[V:].detach().norm(dim=1)
     assert rows_of_grams.max() < 0.5 * found.W_lookup[:V].detach().norm(dim=1).mean()
 
@@ -149,7 +154,7 @@ def test_b_dec_starts_at_what_the_baseline_leaves():
     ids, x, g = stream()
     data = data_of(x + torch.randn(M, D, generator=g) + 5.0, ids)
     sae = SAE(D, 10, k=2, scale=data.stats["scale"].item()).start(data.stats["mean"])
-    for known in (fits.token_means(data), fits.earlier(data, sae, LAYER)):
+    for known in (fits.token_means(data), fits.shuffled_means(data), fits.low_rank(data, 3), fits.earlier(data, sae, LAYER)):
         begun = build(data.stats, data.unigrams, RECIPES["ours"], "topk", 8, 2, "none", 0, known)
         rest = torch.cat([x - begun.table_alone(t) for x, t in data.parts()]).mean(0)
         assert rest.norm() < 0.1 * data.stats["mean"].norm()
@@ -179,6 +184,17 @@ def test_a_second_sae_finds_the_second_generation(seed, tmp_path):
 
     assert found(first, slice(0, each)) >= 0.9 and found(first, slice(each, None)) < 0.3
     assert found(second, slice(each, None)) >= 0.9
+
+
+def test_a_fit_says_what_the_data_lack():
+    ids, x, _ = stream()
+    data = data_of(x, ids)
+    bare = Data(data.source, data.stats, data.unigrams, data.identity, data.parts)
+    with pytest.raises(ValueError, match=r"needs Needs\(grams=3, layers=\(\)\), and the data were prepared with"):
+        fits.grams(bare, [5, 5])
+    for fit in (lambda: fits.layer_map(bare, BELOW), lambda: fits.principal(bare, LAYER, 2), lambda: fits.layer_map(data, 9)):
+        with pytest.raises(ValueError, match="pass needs=Needs"):
+            fit()
 
 
 def test_a_sweep_tells_baselines_apart_and_finds_them_again(tmp_path):

@@ -3,6 +3,7 @@
 import pandas as pd
 import pytest
 import torch
+from conftest import byte_tokenizer, tiny_network
 
 from tsae import baseline, features, store
 from tsae.lm import LM
@@ -10,6 +11,20 @@ from tsae.sae import SAE
 from tsae.scale.sweep import sweep, trained
 
 TEXT = "hello there"
+
+
+def test_text_goes_on_where_eos_is_another_token():
+    """Llama's way: the model's own `generate` would hide BOS there."""
+    tokenizer = byte_tokenizer()
+    tokenizer.eos_token = "a"
+    lm = LM(tiny_network("llama"), tokenizer, "llama")
+    row = ids(lm)
+    for _ in range(3):
+        with torch.no_grad():
+            row = torch.cat([row, lm.model(input_ids=row, use_cache=False).logits[:, -1:].argmax(-1)], 1)
+    assert lm.generate(TEXT, tokens=3) == tokenizer.decode(row[0, 1:])
+    with pytest.raises(ValueError, match="rows of 33 tokens.*reads at most 32"):
+        lm.generate(TEXT, tokens=40)
 
 
 @pytest.fixture
@@ -65,6 +80,20 @@ def test_the_model_runs_on_the_reconstruction(tiny, sae):
     expected = tiny.nats(ids(tiny), 1, lambda x, t: taken[-len(x):])
     logs = off[:-1].log_softmax(-1)
     assert torch.allclose(-logs[1:].gather(1, tokens[1:, None]).squeeze(1), expected, atol=1e-4)
+
+
+def test_sinks_stay_as_they_are(tiny_gpt2, sae):
+    """The SAE knows which norm it never saw."""
+    x = tiny_gpt2.residuals(ids(tiny_gpt2), [1])[1]
+    limit = x[0, 1:].norm(dim=1).median().item()
+    seeing = SAE(**sae.config | dict(limit=limit)).eval()
+    seeing.load_state_dict(sae.state_dict())
+    with torch.no_grad(), seeing.attached(tiny_gpt2, 1):
+        found = logits(tiny_gpt2)
+    nats = tiny_gpt2.nats(ids(tiny_gpt2), 1, sae, x, limit)
+    kept = tiny_gpt2.keep(ids(tiny_gpt2), x, limit)[0, :-1]
+    logs, following = found[:-1].log_softmax(-1), ids(tiny_gpt2)[0, 1:]
+    assert torch.allclose(-logs.gather(1, following[:, None]).squeeze(1)[kept], nats, atol=1e-4) and 0 < kept.sum() < 10
 
 
 def test_steering_adds_a_direction_everywhere_but_at_bos(tiny, sae):

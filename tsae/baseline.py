@@ -15,6 +15,7 @@ pairs.prepare.Data: mean (d,), count (V,) and sum (V, d) of the activations, and
 over which one is a sink.
 """
 
+import copy
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -69,8 +70,11 @@ class Needs:
     grams: int = 1
     layers: tuple[int, ...] = ()
 
+    def __post_init__(self):
+        object.__setattr__(self, "layers", tuple(sorted(set(self.layers))))
+
     def __or__(self, other: "Needs") -> "Needs":
-        return Needs(max(self.grams, other.grams), tuple(sorted({*self.layers, *other.layers})))
+        return Needs(max(self.grams, other.grams), (*self.layers, *other.layers))
 
     @property
     def more(self) -> bool:
@@ -306,7 +310,7 @@ class Earlier(Baseline):
     def __init__(self, d_model: int, layer: int, scale: float, sae: nn.Module):
         super().__init__(d_model, layer=layer, scale=scale, sae=sae.config)
         self.needs = Needs(layers=(layer,)) | sae.baseline.needs
-        self.sae = sae.eval().requires_grad_(False)
+        self.sae = copy.deepcopy(sae).eval().requires_grad_(False)
 
     def train(self, mode: bool = True):
         return super().train(False)  # its batchtopk threshold must not move

@@ -120,7 +120,7 @@ def _exported(sae: SAE, hook_name: str, centred: bool | None) -> tuple[dict[str,
     x - row only where the row's mean is 0.
     """
     formats.layer_of(hook_name)  # ValueError for what could not be read back
-    if sae.lookup not in LOOKUPS:
+    if sae.lookup not in (*LOOKUPS, "tokens"):
         raise ValueError(f"this SAE has a baseline of the kind {sae.lookup!r}: other libraries' "
                          "formats have room for a token table only; keep it with SAE.save")
     own = {name.removeprefix("baseline."): tensor.detach().cpu().float()

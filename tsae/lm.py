@@ -249,6 +249,7 @@ class LM:
         with a norm over `limit` are neither patched nor counted. A patch gets what `needs` asks
         for.
         """
+        self._check_needs(needs, layer)
         parts = []
         for part in _progress(self._split(rows), "activations"):
             found = self.residuals(part, [layer, *needs.layers])
@@ -269,9 +270,7 @@ class LM:
         Of the positions that count: see `keep`. t holds what `needs` asks for. It must run on whole
         rows, with use_cache=False: ValueError otherwise.
         """
-        self._check_layers([layer, *needs.layers])
-        if above := [n for n in needs.layers if n > layer]:
-            raise ValueError(f"what stands at layer {layer} cannot depend on layer {above[0]}")
+        self._check_needs(needs, layer)
         tokens, seen = torch.zeros(0), {}
 
         def begin(module, arguments, named):
@@ -315,13 +314,17 @@ class LM:
         `steer`: [(layer, direction (d,) raw, strength)], added to the residuals of all positions
         but BOS; sae.direction(feature) is a feature's.
         """
-        with self.steered(steer), torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            sampled = dict(do_sample=True, temperature=temperature) if temperature else {}
-            found = self.model.generate(
-                self._prompt(prompt), max_new_tokens=tokens, use_cache=False,
-                pad_token_id=self.bos, **(sampled or dict(do_sample=False)))
-        return self.tokenizer.decode(found[0, 1:])
+        row, generator = self._prompt(prompt), torch.Generator().manual_seed(seed)
+        with self.steered(steer):
+            for _ in tqdm(range(tokens), "tokens", leave=False, disable=tokens < 20):
+                logits = self.model(input_ids=row, use_cache=False).logits[0, -1].float().cpu()
+                if temperature:
+                    chance = (logits / temperature).softmax(-1)
+                    new = torch.multinomial(chance, 1, generator=generator)
+                else:
+                    new = logits.argmax(keepdim=True)
+                row = self._checked(torch.cat([row, new.to(row)[None]], 1), [0])
+        return self.tokenizer.decode(row[0, 1:])
 
     def next_tokens(self, prompt: str, steer: Sequence[Steer] = (), top: int = 10) -> pd.DataFrame:
         """What steering does to the token after `prompt`: token, before, after (probabilities).
@@ -368,6 +371,11 @@ class LM:
             asked = ", ".join(map(str, wrong)) or "(none)"
             raise ValueError(f"layer {asked} was asked for: {self.name} has layers 0 to "
                              f"{self.n_layers - 1} (the input of each block)")
+
+    def _check_needs(self, needs: Needs, layer: int) -> None:
+        self._check_layers([layer, *needs.layers])
+        if above := [n for n in needs.layers if n > layer]:
+            raise ValueError(f"what stands at layer {layer} cannot depend on layer {above[0]}")
 
     def _checked(self, tokens: torch.Tensor, layers: Sequence[int]) -> torch.Tensor:
         self._check_layers(layers)

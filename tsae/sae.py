@@ -63,12 +63,13 @@ class SAE(nn.Module):
     encoder_sees  "full": the activation (the paper); "rest": the activation minus its table row
     aux_lookup  gated only: whether the auxiliary reconstruction adds the table (the authors': no)
     bandwidth   jumprelu only: width of the window in which thresholds receive a gradient
+    limit       the norm over which an activation is a sink, which it never saw; None: it saw all
     """
 
     def __init__(self, d_model: int, n: int, activation: str = "topk", k: int = 32,
                  vocabulary: int = 0, lookup: str = "none", encoder_sees: str = "full",
                  scale: float = 1.0, aux_lookup: bool = True, bandwidth: float = 0.5,
-                 baseline: Baseline | dict | None = None):
+                 baseline: Baseline | dict | None = None, limit: float | None = None):
         super().__init__()
         if isinstance(baseline, dict):  # of a saved SAE
             baseline = made(baseline, SAE)
@@ -87,7 +88,7 @@ class SAE(nn.Module):
         self._configure(dict(d_model=d_model, n=n, activation=activation, k=k,
                              vocabulary=vocabulary, lookup=lookup, encoder_sees=encoder_sees,
                              scale=float(scale), aux_lookup=aux_lookup, bandwidth=bandwidth,
-                             baseline=baseline and baseline.config))
+                             baseline=baseline and baseline.config, limit=limit))
         self.W_enc, self.b_enc = nn.Parameter(torch.zeros(n, d_model)), nn.Parameter(torch.zeros(n))
         self.W_dec = nn.Parameter(torch.zeros(n, d_model))
         self.b_dec = nn.Parameter(torch.zeros(d_model))
@@ -109,7 +110,7 @@ class SAE(nn.Module):
         self.activation, self.bandwidth = config["activation"], config["bandwidth"]
         self.vocabulary, self.lookup = config["vocabulary"], config["lookup"]
         self.encoder_sees, self.aux_lookup = config["encoder_sees"], config["aux_lookup"]
-        self.scale = config["scale"]
+        self.scale, self.limit = config["scale"], config["limit"]
 
     @property
     def W_lookup(self) -> nn.Parameter:
@@ -151,19 +152,23 @@ class SAE(nn.Module):
         return self.W_dec[feature].detach() * self.scale
 
     def attached(self, lm, layer: int, change: Callable[[Tensor], Tensor] | None = None,
-                 error: bool = False, limit: float = math.inf):
+                 error: bool = False):
         """`with sae.attached(lm, layer):` runs a language model (lm.LM) on the reconstruction.
 
         change(codes (m, n)) -> codes edits features on the way; `error` adds back what the SAE
-        does not reconstruct, so that only the change is felt. Sinks, of a norm over `limit`, stay.
+        does not reconstruct, so that only the change is felt. BOS, special tokens and sinks stay.
         """
+        if self.b_dec.device != lm.device:
+            raise ValueError(f"the SAE is on {self.b_dec.device}, the language model on "
+                             f"{lm.device}: attach sae.to(lm.device)")
+
         @torch.no_grad()
         def edit(x: Tensor, t: Tensor | Context) -> Tensor:
             codes = self.encode(x, t)
             a_hat = self.decode(codes if change is None else change(codes.clone()), t)
             return a_hat + (x - self.decode(codes, t)) if error else a_hat
 
-        return lm.edited(layer, edit, limit, self.baseline.needs)
+        return lm.edited(layer, edit, self.limit or math.inf, self.baseline.needs)
 
     def learn(self) -> "SAE":
         """Let a loaded SAE be trained on: its parameters get gradients again; returns self."""

@@ -271,6 +271,10 @@ def learning(recipe: dict, lr: float) -> dict[str, float | str]:
     return own | dict(lr=lr, table_lr=recipe["table_lr"] or lr)
 
 
+def _finite(limit: torch.Tensor | None) -> float | None:
+    return None if limit is None or torch.isinf(limit) else limit.item()
+
+
 def build(stats: dict[str, torch.Tensor], unigrams: torch.Tensor, recipe: dict, activation: str,
           n: int, k: int, lookup: str, seed: int, known: baseline.Baseline | None = None) -> SAE:
     """An SAE where a recipe (an entry of RECIPES) starts it.
@@ -280,8 +284,8 @@ def build(stats: dict[str, torch.Tensor], unigrams: torch.Tensor, recipe: dict, 
     """
     vocabulary, d_model = unigrams.shape
     sae = SAE(d_model, n, activation, k, vocabulary, lookup, recipe["encoder_sees"],
-              stats["scale"].item(), recipe["aux_lookup"],
-              baseline=copy.deepcopy(known)).to(unigrams.device)
+              stats["scale"].item(), recipe["aux_lookup"], baseline=copy.deepcopy(known),
+              limit=_finite(stats.get("limit"))).to(unigrams.device)
     if lookup == "none" and known is None:
         return sae.start(stats["mean"], seed=seed)
     if known is not None:

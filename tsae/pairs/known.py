@@ -30,7 +30,7 @@ RIDGE = 1e-3  # of a regression, as a share of the inputs' mean square
 def token_means(data: Data, learned: bool = True) -> Tokens:
     """The shrunk mean of each token: the token table's usual start, or frozen."""
     known = Tokens(len(data.stats["mean"]), len(data.unigrams), learned)
-    return _filled(known, W_lookup=_deviations(data))
+    return _filled(data, known, W_lookup=_deviations(data))
 
 
 def shuffled_means(data: Data, seed: int = 0, learned: bool = True) -> Tokens:
@@ -38,7 +38,7 @@ def shuffled_means(data: Data, seed: int = 0, learned: bool = True) -> Tokens:
     rows, seen = _deviations(data), (data.stats["count"] > 0).nonzero().squeeze(1)
     order = torch.randperm(len(seen), generator=torch.Generator().manual_seed(seed))
     rows[seen] = rows[seen[order.to(seen.device)]]
-    return _filled(Tokens(rows.shape[1], len(rows), learned), W_lookup=rows)
+    return _filled(data, Tokens(rows.shape[1], len(rows), learned), W_lookup=rows)
 
 
 def embedding_map(data: Data, embedding: Tensor, learned: bool = True) -> Factored:
@@ -50,7 +50,7 @@ def embedding_map(data: Data, embedding: Tensor, learned: bool = True) -> Factor
     rows = _deviations(data, prior=1e-9).double()  # weighed by count: nothing to shrink
     right = _solved(left.T @ (weight[:, None] * left), left.T @ (weight[:, None] * rows))
     known = Factored(rows.shape[1], len(left), left.shape[1], left_learned=False, learned=learned)
-    return _filled(known, left=left, right=right)
+    return _filled(data, known, left=left, right=right)
 
 
 def low_rank(data: Data, rank: int, learned: bool = True) -> Factored:
@@ -59,7 +59,7 @@ def low_rank(data: Data, rank: int, learned: bool = True) -> Factored:
     weight = data.stats["count"] / data.stats["count"].sum()
     right = _first(rows.T @ (weight[:, None] * rows), rank)
     known = Factored(rows.shape[1], len(rows), rank, learned=learned)
-    return _filled(known, left=rows @ right.T, right=right)
+    return _filled(data, known, left=rows @ right.T, right=right)
 
 
 def grams(data: Data, rows: list[int], learned: bool = True, least: int = 4) -> Grams:
@@ -69,9 +69,9 @@ def grams(data: Data, rows: list[int], learned: bool = True, least: int = 4) -> 
     would give: |sum|^2 / count - the mean square of a position. Seen `least` times or more. The
     data must hold Contexts of len(rows) + 1 tokens.
     """
+    _check(data, Needs(len(rows) + 1))
     known = Grams(len(data.stats["mean"]), len(data.unigrams), [0] * len(rows), learned)
-    known = known.to(data.unigrams.device)
-    known = _filled(known, W_lookup=_deviations(data))
+    known = _filled(data, known, W_lookup=_deviations(data))
     width = known.W_lookup.shape[1]
     for order, most in enumerate(rows, 2):
         keys, counts = _candidates(data, known, order, least, max(4 * most, POOL // width))
@@ -82,11 +82,12 @@ def grams(data: Data, rows: list[int], learned: bool = True, least: int = 4) -> 
                 square += rest.square().sum().item()
                 which, found = _place(keys, known.key(t.ids[:, :order].cpu()))
                 sums.index_add_(0, which[found], rest[found])
-        gain = sums.square().sum(1) / counts - square / int(data.stats["count"].sum())
+        usual = square / int(data.stats["count"].sum())
+        gain = torch.linalg.vector_norm(sums, dim=1) ** 2 / counts - usual
         paying = gain.argsort(descending=True)[:most]
         paying = paying[gain[paying] > 0].sort().values
         means = sums[paying] / (counts[paying, None] + PRIOR)
-        known = _extended(known, order, keys[paying], means)
+        known = _extended(data, known, order, keys[paying], means)
     return known
 
 
@@ -102,7 +103,8 @@ def hashed(data: Data, rows: int, longest: int = 3, heads: int = 2, strings: lis
     first = {}
     canonical = torch.tensor([first.setdefault(text.strip().lower() or text, i)
                               for i, text in enumerate(strings)], dtype=torch.long)
-    return _filled(known, W_lookup=table, **(dict(canonical=canonical) if len(strings) else {}))
+    values = dict(canonical=canonical) if len(strings) else {}
+    return _filled(data, known, W_lookup=table, **values)
 
 
 def layer_map(data: Data, layer: int, rank: int = 0, learned: bool = True) -> Affine:
@@ -110,6 +112,7 @@ def layer_map(data: Data, layer: int, rank: int = 0, learned: bool = True) -> Af
 
     `rank` > 0: in its first directions only. The data must hold Contexts with that layer.
     """
+    _check(data, Needs(layers=(layer,)))
     scale = data.stats["scale"].item()
     first = next(data.parts())[1].layers[layer]
     limit = 10 * first.norm(dim=-1).median().item()
@@ -129,7 +132,7 @@ def layer_map(data: Data, layer: int, rank: int = 0, learned: bool = True) -> Af
         right = _first(left.T @ (inner / count - mean[:, None] * mean) @ left, rank)
         known = Affine(right.shape[1], layer, first.shape[1], scale, rank, limit, learned)
         found |= dict(left=left.float() @ right.T, right=right)
-    return _filled(known, **found)
+    return _filled(data, known, **found)
 
 
 def principal(data: Data, layer: int, rank: int) -> Affine:
@@ -137,13 +140,14 @@ def principal(data: Data, layer: int, rank: int) -> Affine:
 
     The data must hold Contexts with that layer.
     """
+    _check(data, Needs(layers=(layer,)))
     mean, covariance = data.stats["mean"], 0.0
     for x, _ in tqdm(data.parts(), "directions", leave=False):
         covariance = covariance + (x - mean).T.double() @ (x - mean).double()
     right = _first(covariance, rank)
     scale = data.stats["scale"].item()
     known = Affine(len(mean), layer, len(mean), scale, rank, learned=False)
-    return _filled(known, left=right.T, right=right, centre=mean)
+    return _filled(data, known, left=right.T, right=right, centre=mean)
 
 
 def earlier(data: Data, sae, layer: int) -> Earlier:
@@ -151,9 +155,11 @@ def earlier(data: Data, sae, layer: int) -> Earlier:
 
     The SAE that learns beside it sees what the first one left.
     """
+    _check(data, Needs(layers=(layer,)) | sae.baseline.needs)
     known = Earlier(len(data.stats["mean"]), layer, data.stats["scale"].item(), sae)
-    with torch.no_grad():
-        known.mean = known(next(data.parts())[1]).mean(0)
+    known = known.to(data.unigrams.device)
+    sums = sum(known(t).sum(0) for _, t in data.parts())
+    known.mean = sums / int(data.stats["count"].sum())
     return known
 
 
@@ -170,10 +176,21 @@ def _deviations(data: Data, prior: float = PRIOR) -> Tensor:
     return (conditional_mean(data.stats, prior) - data.stats["mean"]) / data.stats["scale"]
 
 
+def _check(data: Data, needs: Needs) -> None:
+    """Raises ValueError where the contexts of the data lack what a fit looks at."""
+    if data.needs | needs != data.needs:
+        raise ValueError(f"this baseline needs {needs}, and the data were prepared with "
+                         f"{data.needs}: pass needs={needs} to prepare")
+
+
 @torch.no_grad()
-def _filled(known: Baseline, **values: Tensor) -> Baseline:
+def _filled(data: Data, known: Baseline, **values: Tensor) -> Baseline:
+    """`known` with these values, on the device of the data; its `mean` is that of its tokens."""
+    known = known.to(data.unigrams.device)
     for name, value in values.items():
         getattr(known, name).copy_(value)
+    if (rows := known.token_rows()) is not None:
+        known.mean = data.stats["count"] / data.stats["count"].sum() @ rows
     return known
 
 
@@ -212,11 +229,11 @@ def _place(keys: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
     return place, keys[place] == wanted
 
 
-def _extended(known: Grams, order: int, keys: Tensor, means: Tensor) -> Grams:
+def _extended(data: Data, known: Grams, order: int, keys: Tensor, means: Tensor) -> Grams:
     """`known` with rows for the n-grams of an order, which had none."""
     config = dict(known.config)
     rows = [len(keys) if n == order else old for n, old in enumerate(config["rows"], 2)]
     larger = Grams(config["d_model"], config["vocabulary"], rows, config["learned"])
-    larger = larger.to(known.W_lookup.device)
     table = torch.cat([known.W_lookup.detach(), means.to(known.W_lookup.device)])
-    return _filled(larger, W_lookup=table, keys=torch.cat([known.keys, keys.to(known.keys.device)]))
+    keys = torch.cat([known.keys, keys.to(known.keys.device)])
+    return _filled(data, larger, W_lookup=table, keys=keys)

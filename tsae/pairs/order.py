@@ -105,7 +105,7 @@ class Streamed(_Source):
                  rank: int = 0, world: int = 1, limit: float = math.inf, needs: Needs = Needs(),
                  layers: dict[int, Callable] | None = None):
         super().__init__(batch, rank, world, seed=seed, buffer=buffer, rows=len(rows),
-                         context=rows.shape[1], batch_rows=batch_rows)
+                         context=rows.shape[1], batch_rows=batch_rows, grams=needs.grams)
         self.rows, self.residuals, self.keep, self.dtype = rows, residuals, keep, dtype
         self.limit, self.needs, self.layers = limit, needs, layers
         self.generator = torch.Generator().manual_seed(seed)

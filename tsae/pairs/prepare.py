@@ -31,7 +31,8 @@ class Data:
     source(seed): an endless iterator of pairs with state() and restore(); stats: see
     extract.Moments, and `limit`, the norm over which an activation is a sink and left out, and
     `sinks`, how many were; unigrams (V, d) raw, sinks too; identity: what names the data; parts():
-    its pairs once, in order, sinks left out (streamed: of the sample of `prepare`).
+    its pairs once, in order, sinks left out (streamed: of the sample of `prepare`); needs: what
+    their contexts hold.
     """
 
     source: Callable[[int], Iterator[Pair]]
@@ -39,6 +40,7 @@ class Data:
     unigrams: torch.Tensor
     identity: dict
     parts: Callable[[], Iterator[Pair]] | None = None
+    needs: Needs = Needs()
 
     @property
     def limit(self) -> float:
@@ -100,11 +102,12 @@ def prepare(layer, rows: torch.Tensor, batch: int = 4096, buffer: int = 131072,
         if not stored:
             return activations(rows[:sample_rows], layer.residuals, layer.keep, limit=limit,
                                needs=needs, layers=layers)
-        return (pairs.gather(index) for index in torch.arange(len(pairs)).split(8192))
+        gathered = map(pairs.gather, torch.arange(len(pairs)).split(8192))
+        return ((x.to(layer.device), t.to(layer.device)) for x, t in gathered)
 
     return Data(source, {name: value.to(layer.device) for name, value in stats.items()},
                 unigrams.to(layer.device), identity | own | dict(batch=batch, rows=_digest(rows)),
-                parts)
+                parts, needs)
 
 
 def _without(left_out: torch.Tensor, pairs: Pairs | InContext) -> Pairs | InContext | Some:

@@ -123,8 +123,8 @@ def _index(folder: Path) -> None:
     for history in sorted(folder.glob("*/history.csv")):
         settings, last = store.read_json(history.parent / "settings.json"), pd.read_csv(history)
         known = settings.pop("known", {})
-        rows.append(dict(name=history.parent.name) | settings | dict(baseline=known.get("kind", "none"))
-                    | dict(last.iloc[-1][["l0", "nmse", "dead"]]))
+        own = dict(name=history.parent.name, baseline=known.get("kind", "none"))
+        rows.append(own | settings | dict(last.iloc[-1][["l0", "nmse", "dead"]]))
     if rows:
         store.write_table(folder / "index.csv", pd.DataFrame(rows))
 
