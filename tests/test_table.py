@@ -69,3 +69,38 @@ def test_a_single_token_has_no_nearest_one():
     sae, unigrams, x, t = pairs()
     with pytest.raises(ValueError, match="one row was given, two are needed"):
         table.by_token(sae, unigrams, x[t == 3], t[t == 3])
+
+
+@torch.no_grad()
+def test_a_row_that_was_moved_towards_another_token_is_found():
+    sae, _, _, _ = pairs()
+    count = torch.tensor([5, 9, 1, 4, 2, 6, 0])
+    start = sae.W_lookup.clone() * 0.7
+    own = start - (count / count.sum()) @ start
+    sae.W_lookup[2] += 0.5 * own[4] / 0.7
+    sae.W_lookup[6] += 100  # never seen: it does not take part
+    found = table.movement(sae, start, count).set_index("token")
+    assert found.index.tolist() == [0, 1, 2, 3, 4, 5] and found["count"].tolist() == count[:6].tolist()
+    step = own[4] * 0.5 * (1 - count[2] / count.sum())  # less what all rows share
+    assert found.loc[2, "toward_token"] == 4 and found.loc[2, "toward_cosine"] > 0.99
+    assert found.loc[2, "moved"] == pytest.approx((step.norm() / own[2].norm()).item(), rel=1e-4)
+    assert found["moved"].drop(2).max() < 0.1 * found.loc[2, "moved"] * own[2].norm() / own.norm(dim=1).min()
+    with pytest.raises(ValueError, match="no lookup table that could have moved"):
+        table.movement(SAE(16, 9, "relu"), start, count)
+
+
+def test_tokens_of_one_word_are_told_from_strangers():
+    g = torch.Generator().manual_seed(0)
+    strings = ["the", "The", " the", "cat", "Cat", " dog", "dog", "x1", "unseen", "Unseen"]
+    rows, count = torch.randn(10, 64, generator=g), torch.tensor([9, 2, 30, 4, 1, 5, 5, 7, 0, 3])
+    rows[1] = rows[0] + 0.1 * torch.randn(64, generator=g)  # case alone aligns
+    rows[4] = rows[3] + 0.1 * torch.randn(64, generator=g)
+    found = table.kinship(rows, strings, count).set_index("relation")
+    centred = torch.nn.functional.normalize(rows - count / count.sum() @ rows, dim=1)
+    assert found.loc["case", "pairs"] == 2 and found.loc["leading space", "pairs"] == 2
+    wanted = (centred[0] @ centred[1] + centred[3] @ centred[4]) / 2
+    assert found.loc["case", "cosine"] == pytest.approx(wanted.item(), abs=1e-5) and wanted > 0.8
+    space = (centred[0] @ centred[2] + centred[6] @ centred[5]) / 2
+    assert found.loc["leading space", "cosine"] == pytest.approx(space.item(), abs=1e-5) and abs(space) < 0.5
+    assert found.loc["random", "pairs"] > 0
+    assert table.kinship(rows, ["a1"] * 10, count).empty

@@ -9,7 +9,7 @@ from torch.nn.functional import cosine_similarity, normalize
 from tsae.baseline import token_ids
 from tsae.evaluate import squared_errors
 from tsae.sae import SAE
-from tsae.scoring.dictionary import nearest_other
+from tsae.scoring.dictionary import nearest_other, nearest_rows
 
 
 @torch.no_grad()
@@ -59,3 +59,47 @@ def by_count(quality: pd.DataFrame, base: float = 4.0) -> pd.DataFrame:
     means.insert(1, "high", np.where(i < 0, 0, base**np.maximum(i + 1, 0) - 1).astype(int))
     means.insert(2, "tokens", tokens)
     return means.reset_index(drop=True)
+
+
+def movement(sae: SAE, start: Tensor, count: Tensor) -> pd.DataFrame:
+    """Where training took each row of the table from its `start` (V, d) raw, a row a token.
+
+    Of the tokens with a `count` (V,) above 0. Columns: token, count; moved: norm of the step over
+    that of the start less the mean start; toward_token, toward_cosine: the token whose own start,
+    less the mean, points most like the step. ValueError without a table.
+    """
+    if (table := sae.baseline.token_rows()) is None:
+        raise ValueError("this SAE has no lookup table that could have moved")
+    ids = (count > 0).nonzero().squeeze(1)
+    share = (count[ids] / count[ids].sum()).to(start.dtype)
+    own = start[ids] - share @ start[ids]
+    step = table[ids] * sae.scale - start[ids]
+    step = step - share @ step  # what all rows share is b_dec's to carry
+    cosine, nearest = nearest_rows(normalize(step, dim=1), normalize(own, dim=1), 1)
+    moved = step.norm(dim=1) / own.norm(dim=1).clamp_min(1e-9)
+    return pd.DataFrame(dict(token=ids.cpu().numpy(), count=count[ids].cpu().numpy(),
+                             moved=moved.cpu().numpy(), toward_cosine=cosine[:, 0].numpy(),
+                             toward_token=ids.cpu()[nearest[:, 0]].numpy()))
+
+
+def kinship(rows: Tensor, strings: list[str], count: Tensor, seed: int = 0) -> pd.DataFrame:
+    """Whether tokens that are one word have rows (V, d) that align: mean cosine by relation.
+
+    Relations: the same text but for case ("the", "The"), but for a leading space ("the", " the"),
+    and as many random pairs of the tokens that occur in either. Columns relation, cosine, pairs.
+    Rows are taken less their mean, weighted by `count` (V,); tokens of count 0 do not take part.
+    """
+    seen = {strings[i]: i for i in (count > 0).nonzero().squeeze(1).tolist()}
+    centred = normalize(rows - (count / count.sum()).to(rows.dtype) @ rows, dim=1).cpu()
+    pairs = {"case": [(i, seen[text.capitalize()]) for text, i in seen.items()
+                      if text != text.capitalize() and text.capitalize() in seen],
+             "leading space": [(i, seen[f" {text}"]) for text, i in seen.items()
+                               if f" {text}" in seen]}
+    taking_part = sorted({i for both in pairs.values() for pair in both for i in pair})
+    if taking_part:
+        drawn = np.random.default_rng(seed).choice(taking_part, (len(taking_part), 2))
+        pairs["random"] = drawn[drawn[:, 0] != drawn[:, 1]].tolist()
+    found = [(name, torch.tensor(both).T) for name, both in pairs.items() if both]
+    return pd.DataFrame([dict(relation=name, pairs=one.numel(),
+                              cosine=(centred[one] * centred[other]).sum(1).mean().item())
+                         for name, (one, other) in found])
