@@ -173,3 +173,23 @@ def test_a_trained_sae_is_found_by_its_settings(data, tmp_path):
         store.find(tmp_path / "elsewhere", k=2)
 
 
+
+
+def test_the_snippets_of_the_readme_run_as_they_stand(tmp_path, monkeypatch):
+    """On the embedded model: one after the other, as a user would paste them."""
+    page = (store.ROOT / "README.md").read_text(encoding="utf-8")
+    blocks = [part.partition("```")[0] for title in ("## What else the decoder can know", "## Using features")
+              for part in page.partition(title)[2].partition("\n## ")[0].split("```python\n")[1:]]
+    assert len(blocks) == 2
+    write_index(tmp_path / "runs" / "embedded" / "saes")
+    monkeypatch.setattr(store, "DATA", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    own = {}
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), own)
+    assert own["known"].config["rows"][0] > 0 and own["sae"].lookup == "grams" and len(own["history"])
+
+
+def write_index(folder) -> None:
+    store.write_table(folder / "index.csv", pd.DataFrame([
+        dict(name=f"sae-{lookup}", k=8, lookup=lookup, n=1024, seed=0, tokens=300_000) for lookup in ("none", "learned")]))

@@ -52,6 +52,42 @@ def real(results: Path) -> str:
     return form.format(**about | dict(seeds=len(about["seeds"]))) + markdown(rows)
 
 
+def recipes(results: Path) -> str:
+    """How the table is trained on SmolLM2: every arm that was taken to the longest run."""
+    folder = results / "smollm2-recipes"
+    table = store.read_table(folder / "recipes.csv")
+    about = store.read_json(folder / "manifest.json")["recipes.csv"]["parameters"]
+    own = table["layer"] == about["layer"]
+    shown = table[~own | (table["tokens"] == table["tokens"].max())]
+    form = "TopK, k {k}, {n_features} features, rates chosen on other text, {seeds} seeds.\n\n"
+    keys = ["layer", "tokens", "arm", "lr"]
+    return form.format(**about | dict(seeds=len(about["seeds"]))) + _wide(shown, keys, dict(
+        nmse="{:.3f}", ce_added="{:.3f}", dead="{:.1%}", single_token="{:.0%}", token_read="{:.0%}"))
+
+
+def beyond(results: Path) -> str:
+    """What else the decoder could know, on the embedded model: the baselines by ce_added."""
+    table = store.read_table(results / "embedded" / "beyond.csv")
+    added = table[table["metric"] == "ce_added"].set_index("arm")["value"]
+    ordered = table.iloc[table["arm"].map(added).argsort(kind="stable")]
+    return _wide(ordered, ["arm"], dict(ce_added="{:.3f}", nmse="{:.3f}", alone="{:.0%}",
+                                        complexity_1="{:.2f}", stability="{:.2f}"),
+                 parameters="{:.2g}")
+
+
+def _wide(table: pd.DataFrame, keys: list[str], forms: dict[str, str], **bare: str) -> str:
+    """A row for each value of the keys, with its metrics; those in `bare` have no interval."""
+    rows = []
+    for names, group in table.groupby(keys, sort=False):
+        found, row = group.set_index("metric"), dict(zip(keys, names))
+        for metric, form in (forms | bare).items():
+            known = metric in found.index
+            row[metric] = with_interval(found.loc[metric], form) if known and metric in forms else (
+                form.format(found.loc[metric, "value"]) if known else "")
+        rows.append(row)
+    return markdown(rows)
+
+
 def headline(results: Path) -> str:
     """One line a result, with the table and the notebook that it comes from."""
     about = store.read_json(results / "embedded" / "manifest.json")
@@ -121,8 +157,8 @@ def engine(results: Path) -> str:
     return markdown(rows)
 
 
-PRESETS = ("embedded", "smollm2")  # whose tables the README shows
-BLOCKS = dict(sweep=sweep, real=real, headline=headline, evidence=evidence, cost=cost,
+PRESETS = ("embedded", "smollm2", "smollm2-recipes")  # whose tables the README shows
+BLOCKS = dict(sweep=sweep, real=real, recipes=recipes, beyond=beyond, headline=headline, evidence=evidence, cost=cost,
               engine=engine)
 
 
