@@ -2,6 +2,7 @@
 
 import json
 import random
+from pathlib import Path
 
 import nbformat
 import pytest
@@ -126,9 +127,10 @@ def test_a_raised_version_and_another_corpus_run_a_notebook_again(tmp_path, monk
 def test_a_partial_run_is_not_published(tmp_path):
     store.write_json(tmp_path / "tables/manifest.json", {"norms.csv": dict(notebook="01_activation_stats")})
     with pytest.raises(SystemExit, match="lacks .*fronts.csv.* run all notebooks before --publish"):
-        command.publish(tmp_path, "embedded")
-    with pytest.raises(SystemExit, match="is not a whole run: run all notebooks"):
-        command.publish(tmp_path, "a preset that was never published")
+        command.publish(tmp_path, "embedded", [])
+    store.write_json(tmp_path / "done/01_a.json", {})
+    with pytest.raises(SystemExit, match="is not a whole run, 02_b are missing: run all notebooks"):
+        command.publish(tmp_path, "a preset that was never published", [Path("01_a.ipynb"), Path("02_b.ipynb")])
 
 
 @pytest.mark.parametrize("assignment, words", [

@@ -128,17 +128,20 @@ def code_of(notebook: Path) -> list[str]:
     return ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
 
 
-def publish(folder: Path, preset: str) -> None:
+def publish(folder: Path, preset: str, notebooks: list[Path]) -> None:
     """Copy a run's tables to data/results/<preset>, and its pictures beside them.
 
-    Those of the preset "embedded" go to figures/. The README's tables are written anew.
+    `notebooks` are those of the preset. Pictures of the preset "embedded" go to figures/. The
+    README's tables are written anew.
     """
     results, made = store.DATA / "results" / preset, manifest_of(folder / "tables")
     if lacking := sorted(manifest_of(results).keys() - made.keys()):
         raise SystemExit(f"{folder} lacks {', '.join(lacking)}, which were published before: run "
                          "all notebooks before --publish")
-    if "evidence.csv" not in made:
-        raise SystemExit(f"{folder} is not a whole run: run all notebooks before --publish")
+    if undone := [path.stem for path in notebooks
+                  if not (folder / "done" / f"{path.stem}.json").is_file()]:
+        raise SystemExit(f"{folder} is not a whole run, {', '.join(undone)} are missing: run all "
+                         "notebooks before --publish")
     figures = store.ROOT / "figures" if preset == "embedded" else results
     for part, place, pattern in (("tables", results, "*.csv"), ("figures", figures, "*.png")):
         for file in sorted((folder / part).glob(pattern)):
@@ -219,7 +222,7 @@ def main(arguments: list[str] | None = None) -> None:
             raise SystemExit(f"{path.stem} stopped: {said}\nIts copy is in "
                              f"{folder / 'notebooks'}") from None
     if options.publish:
-        publish(folder, options.preset)
+        publish(folder, options.preset, chosen(of_preset))
     if any(path.stem == "05_figures" for path in notebooks):
         show_evidence(folder)
 
