@@ -15,6 +15,7 @@ from tsae.picture import HEIGHT, WIDTH, picture, write_picture
 
 COLOURS = {WITHOUT: "#6b7a8f", WITH: "#d9541e", FROZEN: "#2b6cb0"}
 SEQUENCE = ["#2b6cb0", "#d9541e", "#2f855a", "#8a5cc2", "#b7791f", "#6b7a8f"]
+MORE = ["#00838f", "#ad1457", "#5d4037", "#9e9d24"]  # where a figure has more than six kinds
 MARKERS = dict(topk="circle", batchtopk="square", relu="diamond", jumprelu="triangle-up", gated="x")
 AXIS = dict(showline=True, linecolor="#4a5568", gridcolor="#edf2f7", ticks="outside",
             zeroline=False)
@@ -173,7 +174,9 @@ def pareto(table: pd.DataFrame, title: str = "Error by sparsity, by kind of SAE"
 def lengths(table: pd.DataFrame, title: str) -> go.Figure:
     """Columns arm, tokens, metric, value, low, high: nmse and ce_added over training tokens."""
     drawn = table[table["metric"].isin(["nmse", "ce_added"])].sort_values("tokens")
-    colours = dict(zip(drawn["arm"].unique(), SEQUENCE * 3)) | COLOURS
+    others = [arm for arm in drawn["arm"].unique() if arm not in COLOURS]
+    free = [colour for colour in SEQUENCE + MORE if colour not in COLOURS.values()]
+    colours = COLOURS | dict(zip(others, free))
     figure = _lines(drawn, "tokens", "value", "arm", facet_col="metric", log_x=True, log_y=True,
                     color_discrete_map=colours)
     figure.update_yaxes(matches=None, showticklabels=True)
