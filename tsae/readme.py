@@ -61,8 +61,9 @@ def recipes(results: Path) -> str:
     shown = table[~own | (table["tokens"] == table["tokens"].max())]
     form = "TopK, k {k}, {n_features} features, rates chosen on other text, {seeds} seeds.\n\n"
     keys = ["layer", "tokens", "arm", "lr"]
-    return form.format(**about | dict(seeds=len(about["seeds"]))) + _wide(shown, keys, dict(
-        nmse="{:.3f}", ce_added="{:.3f}", dead="{:.1%}", single_token="{:.0%}", token_read="{:.0%}"))
+    metrics = dict(nmse="{:.3f}", ce_added="{:.3f}", dead="{:.1%}", single_token="{:.0%}",
+                   token_read="{:.0%}")
+    return form.format(**about | dict(seeds=len(about["seeds"]))) + _wide(shown, keys, metrics)
 
 
 def beyond(results: Path) -> str:
@@ -158,8 +159,8 @@ def engine(results: Path) -> str:
 
 
 PRESETS = ("embedded", "smollm2", "smollm2-recipes")  # whose tables the README shows
-BLOCKS = dict(sweep=sweep, real=real, recipes=recipes, beyond=beyond, headline=headline, evidence=evidence, cost=cost,
-              engine=engine)
+BLOCKS = dict(sweep=sweep, real=real, recipes=recipes, beyond=beyond, headline=headline,
+              evidence=evidence, cost=cost, engine=engine)
 
 
 def written(text: str, results: Path) -> str:

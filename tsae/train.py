@@ -18,7 +18,7 @@ from tsae.evaluate import squared_errors
 from tsae.sae import SAE
 
 Pair = tuple[torch.Tensor, torch.Tensor]
-VERSION = 3  # of trained SAEs: raise it when a step or a start computes something else
+VERSION = 2  # of trained SAEs: raise it when a step or a start computes something else
 SPIKE = 10.0  # times its running mean: a batch with a larger loss is softened
 
 
@@ -271,8 +271,8 @@ def learning(recipe: dict, lr: float) -> dict[str, float | str]:
     return own | dict(lr=lr, table_lr=recipe["table_lr"] or lr)
 
 
-def _finite(limit: torch.Tensor | None) -> float | None:
-    return None if limit is None or torch.isinf(limit) else limit.item()
+def _finite(limit: torch.Tensor | float | None) -> float | None:
+    return None if limit is None or math.isinf(limit) else float(limit)
 
 
 def build(stats: dict[str, torch.Tensor], unigrams: torch.Tensor, recipe: dict, activation: str,
