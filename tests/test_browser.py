@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import time
 import urllib.request
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ import pytest
 import torch
 
 from tsae import features
+from tsae.baseline import Affine, Context, Grams, Needs
 from tsae.browser import gather as shows
 from tsae.browser import pages as browser
 from tsae.sae import SAE
@@ -146,6 +148,23 @@ def test_nearest_and_promoted_by_brute_force(shown):
             size, rank, nearest = pages.tokens[token]["row"]
             assert (size, rank) == pytest.approx((norm[i], (norm < norm[i]).sum() / (len(ids) - 1)), rel=1e-3)
             assert [other for other, _ in nearest] == [ids[j] for j in np.argsort(-near[i])[:6]]
+
+
+def test_an_sae_with_ngrams_or_an_earlier_layer_is_shown_too():
+    """Codes are those of its contexts; token rows are shown where it has some."""
+    text = a_text()
+    ids = Needs(2).context(text.rows, {}).ids[text.rows != 0]
+    for known in (Grams(8, len(WORDS), [4]), Affine(8, 1, 8, 2.0)):
+        sae = SAE(8, 40, k=3, scale=2.0, encoder_sees="rest", baseline=known).start(torch.zeros(8), seed=0)
+        with torch.no_grad():
+            for p in known.parameters():
+                p.normal_(generator=torch.Generator().manual_seed(4))
+            known_text = replace(text, t=Context(ids, {1: text.x + 1}))
+            codes = sae.encode(text.x, known_text.t).numpy()
+        pages = browser.gather(sae.requires_grad_(False), "it", known_text, contexts_each=4)
+        assert pages.scores["feature"].tolist() == live(codes).tolist()
+        assert pages.scores["peak_code"].to_numpy() == pytest.approx(codes.max(0)[live(codes)], rel=1e-4)
+        assert all(("row" in token) == (sae.lookup == "grams") for token in pages.tokens.values())
 
 
 def test_short_keeps_four_digits():
