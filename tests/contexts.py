@@ -32,7 +32,8 @@ def known(m: int = 1000, seed: int = 0) -> tuple[torch.Tensor, Context]:
 
 def source(m: int = 1000, batch: int = 50, seed: int = 0, cls=Shuffled, **more) -> Shuffled:
     x, context = known(m)
-    pairs = InContext(Memory(x, context.ids[:, 0]), NEEDS, context.ids, {BELOW: Memory(context.layers[BELOW], context.ids[:, 0])})
+    t = context.ids[:, 0]
+    pairs = InContext(Memory(x, t), NEEDS, context.ids, {BELOW: Memory(context.layers[BELOW], t)})
     return cls(pairs, batch, seed, **more)
 
 

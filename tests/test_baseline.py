@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from contexts import BELOW, D, KINDS, LAYER, NEEDS, SCALE, V, known, made, source
+from contexts import BELOW, KINDS, LAYER, NEEDS, SCALE, D, V, known, made, source
 
 from tsae import baseline, train
 from tsae.baseline import Context, Needs

@@ -4,7 +4,7 @@ from collections import defaultdict
 
 import pytest
 import torch
-from contexts import BELOW, D, LAYER, V, WIDTH, rows
+from contexts import BELOW, LAYER, WIDTH, D, V, rows
 
 from tsae.baseline import Context, Needs, conditional_mean
 from tsae.pairs import known as fits

@@ -130,7 +130,7 @@ def test_a_baseline_of_ngrams_and_layers_is_attached_too(tiny_gpt2, sae):
     below.left.data.normal_(generator=g)
     known = baseline.Grams(16, 257, [257])
     known.W_lookup.data.normal_(generator=g)
-    known.keys.copy_((torch.arange(257) + 257 * tiny_gpt2.tokenizer("e")["input_ids"][0]))
+    known.keys.copy_(torch.arange(257) + 257 * tiny_gpt2.tokenizer("e")["input_ids"][0])
     for each in (below, known):
         other = SAE(16, 30, k=4, scale=0.7, baseline=each).start(torch.zeros(16)).requires_grad_(False)
         tail = tiny_gpt2.tail(ids(tiny_gpt2), 1, needs=each.needs)
@@ -156,7 +156,8 @@ def test_what_cannot_be_done_gets_a_sentence(tiny_gpt2, sae):
 
 
 def test_a_trained_sae_is_found_by_its_settings(data, tmp_path):
-    jobs = [dict(activation="topk", n=8, k=k, lookup=lookup, seed=0, tokens=100) for k in (2, 3) for lookup in ("none", "learned")]
+    jobs = [dict(activation="topk", n=8, k=k, lookup=lookup, seed=0, tokens=100)
+            for k in (2, 3) for lookup in ("none", "learned")]
     places = sweep(tmp_path / "saes", data, jobs)
     assert store.find(tmp_path, k=3, lookup="learned") == places[3]
     table = pd.read_csv(tmp_path / "saes" / "index.csv")

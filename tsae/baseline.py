@@ -103,7 +103,8 @@ class Baseline(nn.Module):
     """Rows (b, d) in units of the SAE's scale, of a context. Without parameters: nothing, 0.0.
 
     `needs` says what a context must hold; `tables` names parameters with sparse gradients (they
-    are RowAdam's). `mean` (d,) is that of the rows over the training data: b_dec starts without it.
+    are RowAdam's). `mean` (d,) is that of the rows over the training data (of a table: of its token
+    rows): b_dec starts without it.
     """
 
     kind, needs, tables = "none", Needs(), ()
