@@ -108,3 +108,34 @@ def test_auc_and_f1_are_those_of_pairs_and_places():
             assert auc[j, a] == pytest.approx(((gap > 0) + (gap == 0) / 2).mean() if gap.size else 0.5)
             hits, missed, wrong = (inside > 0).sum(), (inside == 0).sum(), (outside > 0).sum()
             assert f1[j, a] == pytest.approx(2 * hits / max(2 * hits + missed + wrong, 1))
+
+
+def test_origins_of_planted_features():
+    """One is an earlier row again, one the sum of two, one fires inside an earlier feature only, one is new; by loops."""
+    random, m, d = np.random.default_rng(0), 2000, 32
+    rows = torch.linalg.qr(torch.randn(d, d, generator=torch.Generator().manual_seed(0)))[0]
+    earlier = rows[:6]
+    wanted = dict(again=0.9 * rows[2] + 0.3 * rows[20], composed=rows[0] + rows[5] + 0.5 * rows[21],
+                  split=rows[22], new=rows[23])
+    new = torch.stack([*wanted.values(), rows[24]])
+    old_fires = random.random((m, 6)) < [0.05, 0.05, 0.05, 0.3, 0.05, 0.95]
+    fires = random.random((m, 5)) < 0.1
+    fires[:, 2] &= old_fires[:, 3]
+    fires[:, 4] = False
+    codes, old = (csc_array(each * random.uniform(1, 2, each.shape)) for each in (fires, old_fires))
+    found = dictionary.origins(new, codes, 3 * earlier, old)
+    assert found["feature"].tolist() == [0, 1, 2, 3], "the last never fires"
+    assert found["origin"].tolist() == list(wanted)
+    assert found["nearest"][0] == 2 and found["within"][2] == 3 and found["inside"][2] == pytest.approx(1)
+    unit = new[:4] / new[:4].norm(dim=1, keepdim=True)
+
+    def within(one, pair):  # the share of its squared norm in the plane of two rows
+        return (torch.linalg.lstsq(pair.T, one)[0] @ pair).square().sum().item()
+
+    for i, row in found.iterrows():
+        assert row["cosine"] == pytest.approx(max((unit[i] @ each).item() for each in earlier), abs=1e-6)
+        best = max(within(unit[i], earlier[[row["nearest"], j]]) for j in range(6) if j != row["nearest"])
+        assert row["pair"] == pytest.approx(best, abs=1e-5)
+        share = [(fires[:, i] & old_fires[:, j]).sum() / fires[:, i].sum() for j in range(6)]
+        rate = old_fires.mean(0)
+        assert row["inside"] == pytest.approx(max((s - r) / (1 - r) for s, r in zip(share, rate)))

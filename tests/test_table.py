@@ -7,7 +7,7 @@ import torch
 
 from tsae import evaluate
 from tsae.sae import SAE
-from tsae.scoring import table
+from tsae.scoring import heldout, table
 
 
 def pairs():
@@ -104,3 +104,37 @@ def test_tokens_of_one_word_are_told_from_strangers():
     assert found.loc["leading space", "cosine"] == pytest.approx(space.item(), abs=1e-5) and abs(space) < 0.5
     assert found.loc["random", "pairs"] > 0
     assert table.kinship(rows, ["a1"] * 10, count).empty
+
+
+def test_probes_find_who_knows_an_attribute():
+    """Of the planted attributes one is a property of the token, one a feature's firing, one both, one nobody's."""
+    g = torch.Generator().manual_seed(0)
+    m, d, V = 3000, 16, 8
+    t, a = torch.randint(V, (m,), generator=g), torch.rand(m, generator=g) < 0.3
+    basis = torch.linalg.qr(torch.randn(d, d, generator=g))[0]
+    sae = SAE(d, 4, "relu", vocabulary=V, lookup="learned", encoder_sees="rest")
+    with torch.no_grad():
+        sae.W_lookup.copy_(torch.randn(V, 6, generator=g) @ basis[:6])
+        sae.W_enc.copy_(basis[8:12])
+        sae.W_dec.copy_(basis[8:12])
+    x = sae.W_lookup[t].detach() + 2.0 * a[:, None] * basis[8] + 0.1 * torch.rand(m, 1, generator=g) * basis[9]
+    chance = torch.rand(m, generator=g) < 0.5
+    flags = torch.stack([t == 3, a, (t == 3) | a, chance]).int().numpy()
+    names = ["a number", "inside quotes", "in code", "in a link"]
+    zeros = np.zeros(m, int)
+    on = heldout.Text(t.numpy(), zeros, zeros, zeros, np.arange(m) < m // 2, names, flags, [str] * 4, str)
+    found = table.known_by(sae, x, t, on).set_index("attribute")
+    assert found["share"].tolist() == pytest.approx(flags.mean(1).tolist())
+    assert found["table"].round(2).tolist()[0] == 1 and abs(found["table"].iloc[1] - 0.5) < 0.05
+    assert found["features"].iloc[1] > 0.99 and abs(found["features"].iloc[0] - 0.5) < 0.05
+    assert found["both"].iloc[2] > 0.99 > found[["table", "features"]].iloc[2].max()
+    assert (found.iloc[3, 1:] - 0.5).abs().max() < 0.05
+    without = SAE(d, 4, "relu")
+    assert table.known_by(without, x, t, on).columns.tolist() == ["attribute", "share", "features"]
+
+
+def test_auc_equals_all_pairs():
+    value, flag = np.array([1.0, 2, 2, 3, 0, 2]), np.array([0, 1, 0, 1, 0, 1], bool)
+    pairs = [(a > b) + 0.5 * (a == b) for a in value[flag] for b in value[~flag]]
+    assert table.auc(value, flag) == pytest.approx(np.mean(pairs))
+    assert np.isnan(table.auc(value, np.zeros(6, bool)))

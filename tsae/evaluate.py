@@ -201,9 +201,5 @@ def ablations(tail: Callable, mean: torch.Tensor) -> dict[str, float]:
 def cross_entropy(sae: SAE, tail: Callable, baseline: dict[str, float]) -> dict[str, float]:
     """ce_added and ce_recovered of the patched reconstruction; `baseline` from `ablations`."""
     patched = tail(sae)
-    result = dict(ce_added=ce_added(patched, baseline["ce_clean"]),
-                  ce_recovered=ce_recovered(patched, baseline["ce_clean"], baseline["ce_mean"]))
-    if sae.lookup != "none":
-        alone = tail(lambda x, t: sae.table_alone(t))
-        result["lookup_ce_added"] = ce_added(alone, baseline["ce_clean"])
-    return result
+    return dict(ce_added=ce_added(patched, baseline["ce_clean"]),
+                ce_recovered=ce_recovered(patched, baseline["ce_clean"], baseline["ce_mean"]))

@@ -57,6 +57,38 @@ def dictionary(sae: SAE, unigrams: Tensor, rank: int = 0) -> pd.DataFrame:
                              nearest_cosine=cosine, token_share=share.cpu().numpy()))
 
 
+@torch.no_grad()
+def origins(rows: Tensor, codes: csc_array, earlier_rows: Tensor,
+            earlier_codes: csc_array) -> pd.DataFrame:
+    """What features are to those of an earlier SAE, on the same m positions.
+
+    Decoder rows (n, d) and (n', d), codes (m, n) and (m, n'). Columns: feature; cosine, nearest: of
+    the earlier row that is most like its own; pair: the share of its squared norm within the two
+    earlier rows that span it best (the nearest, then what helps it most); inside, within: how far
+    its firings lie inside those of one earlier feature (1: all; 0: as by chance), and which;
+    origin: "again" where one row has half of its squared norm, else "composed" where two have, else
+    "split" where inside is over a half, else "new". Features that never fire are left out.
+    """
+    live = np.flatnonzero(np.diff(codes.indptr))
+    own, basis = (normalize(W.float().cpu(), dim=1) for W in (rows[live], earlier_rows))
+    value, index = nearest_rows(own, basis, 1)
+    cosine, nearest = value[:, 0], index[:, 0]
+    rest, pair = own - cosine[:, None] * basis[nearest], torch.empty_like(cosine)
+    for part in torch.arange(len(live)).split(1024):
+        overlap = (basis[nearest[part]] @ basis.T).square()
+        gain = (rest[part] @ basis.T).square() / (1 - overlap).clamp_min(1e-4)
+        gain[overlap > 0.99] = 0  # the nearest itself, and rows like it
+        pair[part] = cosine[part].square() + gain.max(1).values
+    fires, before = ((part > 0).astype(float) for part in (codes[:, live], earlier_codes))
+    share = (fires.T @ before).toarray() / np.diff(codes.indptr)[live, None]
+    rate = np.diff(earlier_codes.indptr) / codes.shape[0]
+    inside = (share - rate) / np.maximum(1 - rate, 1e-9)
+    found = pd.DataFrame(dict(feature=live, cosine=cosine.numpy(), nearest=nearest.numpy(),
+                              pair=pair.numpy(), inside=inside.max(1), within=inside.argmax(1)))
+    half = [found["cosine"] >= 0.5**0.5, found["pair"] >= 0.5, found["inside"] >= 0.5]
+    return found.assign(origin=np.select(half, ["again", "composed", "split"], "new"))
+
+
 def split_tokens(scores: pd.DataFrame, share: float = 0.5) -> pd.Series:
     """For each row of scores: how many features own its modal token, or 0 if it does not itself."""
     owners = scores["modal_share_mass"] >= share  # more than one of a token: a sign of splitting

@@ -3,6 +3,7 @@
 import numpy as np
 import pandas as pd
 import torch
+from scipy.stats import rankdata
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, normalize
 
@@ -10,6 +11,7 @@ from tsae.baseline import token_ids
 from tsae.evaluate import squared_errors
 from tsae.sae import SAE
 from tsae.scoring.dictionary import nearest_other, nearest_rows
+from tsae.scoring.heldout import Text
 
 
 @torch.no_grad()
@@ -80,6 +82,43 @@ def movement(sae: SAE, start: Tensor, count: Tensor) -> pd.DataFrame:
     return pd.DataFrame(dict(token=ids.cpu().numpy(), count=count[ids].cpu().numpy(),
                              moved=moved.cpu().numpy(), toward_cosine=cosine[:, 0].numpy(),
                              toward_token=ids.cpu()[nearest[:, 0]].numpy()))
+
+
+@torch.no_grad()
+def known_by(sae: SAE, x: Tensor, t: Tensor, text: Text, batch: int = 4096,
+             ridge: float = 1e-3) -> pd.DataFrame:
+    """What table and features know of each attribute of a text, at its m positions.
+
+    Linear probes (ridge regression on the fit half) of what the table adds, of what the features
+    add and of both side by side; x (m, d) raw, t (m,). Columns: attribute; share of positions where
+    it holds; features, and with a table also table and both: AUC on the other half.
+    """
+    rows, rest = [], []
+    for a, known in zip(x.split(batch), t.split(batch)):
+        row = sae.baseline(known)
+        rows.append(row.cpu() if isinstance(row, Tensor) else torch.zeros(len(a), 0))
+        rest.append((sae.reconstructed(a, known)[0] / sae.scale - sae.b_dec - row).cpu())
+    seen = dict(table=torch.cat(rows), features=torch.cat(rest))
+    seen = dict(seen, both=torch.cat(list(seen.values()), 1)) if seen["table"].shape[1] else dict(
+        features=seen["features"])
+    flags, fit = text.ids[text.attributes].T.astype(bool), torch.from_numpy(text.fit)
+    wanted = torch.from_numpy(flags).double()
+    found = dict(attribute=[text.names[rule] for rule in text.attributes], share=flags.mean(0))
+    for name, part in seen.items():
+        part = torch.cat([part, torch.ones(len(part), 1)], 1).double()
+        inner = part[fit].T @ part[fit]
+        inner += ridge * inner.diagonal().mean() * torch.eye(len(inner), dtype=inner.dtype)
+        guess = part[~fit] @ torch.linalg.solve(inner, part[fit].T @ wanted[fit])
+        found[name] = [auc(*pair) for pair in zip(guess.T.numpy(), flags[~text.fit].T)]
+    return pd.DataFrame(found)
+
+
+def auc(value: np.ndarray, flag: np.ndarray) -> float:
+    """The chance that a value (m,) where flag (m,) holds is above one where it does not."""
+    yes = int(flag.sum())
+    if yes in (0, len(flag)):
+        return float("nan")
+    return (rankdata(value)[flag].sum() - yes * (yes + 1) / 2) / (yes * (len(flag) - yes))
 
 
 def kinship(rows: Tensor, strings: list[str], count: Tensor, seed: int = 0) -> pd.DataFrame:
