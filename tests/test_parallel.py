@@ -424,6 +424,22 @@ def test_the_command_under_torchrun(command, tmp_path):
         assert SAE.load(tmp_path / name).config == SAE.load(tmp_path / "alone").config
 
 
+def test_the_command_trains_ngrams_on_any_number_of_ranks(command, tmp_path):
+    line = [*command, "--grams", "20", "10"]
+    trainer.main([*line, "--out", str(tmp_path / "alone")])
+    for name, more in dict(shared=[], dealt=["--shard-features"], streamed=["--store-gb", "0"]).items():
+        run(2, command_line, store.CACHE, [*line, "--out", str(tmp_path / name), *more])
+    wanted, alone = pd.read_csv(tmp_path / "alone/history.csv"), SAE.load(tmp_path / "alone")
+    assert alone.lookup == "grams" and alone.baseline.config["rows"] == [20, 10]
+    for name in ("shared", "dealt"):
+        pd.testing.assert_frame_equal(pd.read_csv(tmp_path / name / "history.csv"), wanted, rtol=0.02)
+        assert torch.equal(SAE.load(tmp_path / name).baseline.keys, alone.baseline.keys)
+    assert all(SAE.load(tmp_path / name).config == alone.config for name in ("shared", "dealt", "streamed"))
+    for wrong in (["--grams", "-1"], ["--grams", "5", "--lookup", "none"]):
+        with pytest.raises(SystemExit, match="stand beside a learned table"):
+            trainer.main([*command, "--out", str(tmp_path / "wrong"), *wrong])
+
+
 def test_a_run_that_was_begun_goes_on_in_its_own_way_only(command, tmp_path, monkeypatch):
     line, step, left = [*command, "--out", str(tmp_path / "run"), "--checkpoint-every-s", "0"], train.Run.step, [1] * 5
 

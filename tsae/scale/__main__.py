@@ -8,6 +8,8 @@ import torch
 
 from tsae import lm as lms
 from tsae import store, text, train
+from tsae.baseline import Needs
+from tsae.pairs import known as known_of
 from tsae.pairs.prepare import Data, fits, prepare
 from tsae.sae import ACTIVATIONS, LOOKUPS
 from tsae.scale import parallel
@@ -35,6 +37,8 @@ def parsed(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--k", type=int, default=32, help="active features a token, for topk and batchtopk")
     add("--activation", choices=ACTIVATIONS, default="topk")
     add("--lookup", choices=LOOKUPS, default="learned")
+    add("--grams", type=int, nargs="+", default=[], metavar="ROWS",
+        help="rows for bigrams, trigrams and so on, beside the learned table's")
     add("--sparsity", type=float, default=0.0,
         help="weight of the penalty of relu, jumprelu and gated")
     add("--recipe", choices=train.RECIPES, default="ours", help="how the SAE starts and learns")
@@ -65,6 +69,9 @@ def train_one(options: argparse.Namespace, device: str) -> None:
 
     Raises ValueError for what cannot be trained.
     """
+    if options.grams and (options.lookup != "learned" or min(options.grams) < 0):
+        raise ValueError(f"--grams {options.grams} stand beside a learned table: expected numbers "
+                         "of rows, and --lookup learned")
     if _trained_before(options):
         return
     with parallel.one_first():
@@ -72,8 +79,11 @@ def train_one(options: argparse.Namespace, device: str) -> None:
     stats, unigrams, recipe = data.stats, data.unigrams, train.RECIPES[options.recipe]
     if options.shard_features:  # the whole SAE may be too large for a device
         stats, unigrams = {name: value.cpu() for name, value in stats.items()}, unigrams.cpu()
+    lookup, known = options.lookup, None
+    if options.grams:
+        lookup, known = "none", known_of.grams(data, options.grams).to(unigrams.device)
     sae = train.build(stats, unigrams, recipe, options.activation, options.n_features, options.k,
-                      options.lookup, options.seed)
+                      lookup, options.seed, known)
     sae = Sharded(sae).to(device) if options.shard_features else sae
     run = train.Run(sae, options.train_tokens, sparsity=options.sparsity, seed=options.seed,
                     dead_after_tokens=options.dead_after_tokens, exchange=parallel.Ranks(),
@@ -91,7 +101,8 @@ def train_one(options: argparse.Namespace, device: str) -> None:
 
 
 def _settings(options: argparse.Namespace) -> dict[str, str]:
-    own = {name: str(value) for name, value in vars(options).items() if name not in LAYOUT}
+    own = {name: str(value) for name, value in vars(options).items()
+           if name not in LAYOUT and value != []}
     return own | dict(version=str(train.VERSION))
 
 
@@ -121,7 +132,8 @@ def _prepared(options: argparse.Namespace, device: str) -> Data:
                                             shard_features=options.shard_features))
     data = prepare(lm.layer(options.layer), rows, options.batch, store_gb=options.store_gb,
                    folder=store.CACHE / "activations", rank=parallel.rank(), world=parallel.world(),
-                   outliers=options.outliers)
+                   outliers=options.outliers,
+                   needs=Needs(len(options.grams) + 1))
     store.write_json(options.out / "settings.json", _settings(options))
     return data
 
