@@ -67,13 +67,27 @@ def recipes(results: Path) -> str:
 
 
 def beyond(results: Path) -> str:
-    """What else the decoder could know, on the embedded model: the baselines by ce_added."""
-    table = store.read_table(results / "embedded" / "beyond.csv")
-    added = table[table["metric"] == "ce_added"].set_index("arm")["value"]
-    ordered = table.iloc[table["arm"].map(added).argsort(kind="stable")]
-    return _wide(ordered, ["arm"], dict(ce_added="{:.3f}", nmse="{:.3f}", alone="{:.0%}",
-                                        complexity_1="{:.2f}", stability="{:.2f}"),
-                 parameters="{:.2g}")
+    """What else the decoder could know, on both models: the baselines by ce_added."""
+    form = "{model}, layer {layer}, k {k}, {n_features} features, {tokens} training tokens:\n\n"
+    parts = []
+    for preset in ("embedded", "smollm2-beyond"):
+        table = store.read_table(results / preset / "beyond.csv")
+        about = store.read_json(results / preset / "manifest.json")["beyond.csv"]["parameters"]
+        added = table[table["metric"] == "ce_added"].set_index("arm")["value"]
+        ordered = table.iloc[table["arm"].map(added).argsort(kind="stable")]
+        metrics = dict(ce_added="{:.3f}", nmse="{:.3f}", l0_without="{:.1f}", stability="{:.2f}")
+        wide = _wide(ordered, ["arm"], metrics, alone="{:.0%}", parameters="{:.2g}")
+        parts.append(form.format(**about) + wide)
+    return "\n\n".join(parts)
+
+
+def silent(results: Path) -> str:
+    """How many of many features never fire over a long stretch of new text, on SmolLM2."""
+    folder = results / "smollm2-silent"
+    about = store.read_json(folder / "manifest.json")["silent.csv"]["parameters"]
+    form = "{n_features} features, {tokens} training tokens, {positions} new positions:\n\n"
+    table = store.read_table(folder / "silent.csv")
+    return form.format(**about) + _wide(table, ["k", "arm"], dict(silent="{:.1%}", nmse="{:.3f}"))
 
 
 def _wide(table: pd.DataFrame, keys: list[str], forms: dict[str, str], **bare: str) -> str:
@@ -158,9 +172,10 @@ def engine(results: Path) -> str:
     return markdown(rows)
 
 
-PRESETS = ("embedded", "smollm2", "smollm2-recipes")  # whose tables the README shows
-BLOCKS = dict(sweep=sweep, real=real, recipes=recipes, beyond=beyond, headline=headline,
-              evidence=evidence, cost=cost, engine=engine)
+# Whose tables the README shows.
+PRESETS = ("embedded", "smollm2", "smollm2-recipes", "smollm2-silent", "smollm2-beyond")
+BLOCKS = dict(sweep=sweep, real=real, silent=silent, recipes=recipes, beyond=beyond,
+              headline=headline, evidence=evidence, cost=cost, engine=engine)
 
 
 def written(text: str, results: Path) -> str:
