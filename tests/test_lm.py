@@ -179,13 +179,13 @@ def test_a_tokenizer_of_more_ids_than_rows_is_refused():
         lms.LM(tiny_network("gpt2"), tokenizer, "gpt2")
 
 
-def test_devices_and_dtypes_that_are_not_there(model_folder, monkeypatch):
+def test_devices_and_dtypes_that_are_not_there(model_folder):
     folder = str(model_folder())
     with pytest.raises(ValueError, match="dtype is 'bf16': expected one of auto, float32, bfloat16, float16"):
         lms.load(folder, dtype="bf16")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(ValueError, match="'cuda' was asked for, and torch finds no GPU"):
-        lms.load(folder, device="cuda")
+    for device in ("cuda:77", "gpu", "CPU"):
+        with pytest.raises(ValueError, match=f"the device '{device}' was asked for, and torch has none of that name here"):
+            lms.load(folder, device=device)
     assert lms.load(folder, dtype="bfloat16").layer(1).residuals(TOKENS).dtype == torch.float32
 
 

@@ -147,14 +147,17 @@ def test_sinks_are_counted_and_found_in_their_rows(tmp_path):
     start = baseline.start_table(data.stats, data.unigrams, dict(start="unigram", table_scale=0.5))
     mean = baseline.conditional_mean(data.stats)
     assert torch.equal(start[[3, 7]], 0.5 * mean[[3, 7]]) and torch.equal(start[4], 0.5 * data.unigrams[4])
-    with pytest.raises(ValueError, match="outliers is -1: a multiple of the median norm was expected"):
-        prepare(layer, rows, outliers=-1, folder=tmp_path)
+    for outliers in (-1, 0.5):
+        with pytest.raises(ValueError, match=f"outliers is {outliers}: a multiple of the median norm over 1 was expected"):
+            prepare(layer, rows, outliers=outliers, folder=tmp_path)
 
 
 @pytest.mark.parametrize("store_gb", [0, 1])
 def test_contexts_belong_to_their_positions(store_gb, tiny_gpt2, tmp_path):
     """Stored and streamed: x, the last ids and the layer below are those of one position, sinks left out."""
     lm, rows, needs = tiny_gpt2, ROWS, Needs(3, (0, 1))
+    with pytest.raises(ValueError, match="a baseline of layer 0 cannot look at layer 1, which comes after it"):
+        prepare(lm.layer(0), rows, batch=16, folder=tmp_path, needs=needs)
     whole, kept = lm.residuals(rows, [0, 1]), lm.keep(rows)
     norms = whole[1][kept].bfloat16().float().norm(dim=-1)
     outliers = (norms.quantile(0.9) / norms.median()).item()  # a tenth of the positions counts as sinks

@@ -136,6 +136,11 @@ def test_a_corpus_without_a_row_gets_a_sentence(documents, sentence):
         text.pack(documents, TOKENIZER, 64, **ALL)
 
 
+def test_a_negative_number_of_tokens_gets_a_sentence():
+    with pytest.raises(ValueError, match="-5 validation tokens were asked for"):
+        text.tokens("docstrings", TOKENIZER, 64, 100, -5)
+
+
 TEXTS = ["First, 'quoted'.\n", "Zweites Dokument: äöü €\n", "\tthird \"one\"\n"]
 
 

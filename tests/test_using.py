@@ -7,6 +7,7 @@ from conftest import byte_tokenizer, tiny_network
 
 from tsae import baseline, features, store
 from tsae.lm import LM
+from tsae.pairs import known as fits
 from tsae.sae import SAE
 from tsae.scale.sweep import sweep, trained
 
@@ -23,8 +24,13 @@ def test_text_goes_on_where_eos_is_another_token():
         with torch.no_grad():
             row = torch.cat([row, lm.model(input_ids=row, use_cache=False).logits[:, -1:].argmax(-1)], 1)
     assert lm.generate(TEXT, tokens=3) == tokenizer.decode(row[0, 1:])
-    with pytest.raises(ValueError, match="rows of 33 tokens.*reads at most 32"):
+    with pytest.raises(ValueError, match="a prompt of 12 tokens and 40 more.*llama reads at most 32"):
         lm.generate(TEXT, tokens=40)
+    assert len(ids(lm)[0]) + 21 == lm.max_context + 1 and lm.generate(TEXT, tokens=21)
+    with pytest.raises(ValueError, match="temperature is -1"):
+        lm.generate(TEXT, temperature=-1)
+    with pytest.raises(ValueError, match="NaN or infinite entries"):
+        lm.generate(TEXT, 3, steer=[(1, torch.full((lm.d_model,), torch.nan), 1.0)])
 
 
 @pytest.fixture
@@ -51,6 +57,18 @@ def test_the_strongest_features_of_a_sentence(tiny, sae):
         assert rows["feature"].tolist() == best.indices[best.values > 0].tolist()
         assert rows["code"].tolist() == pytest.approx(best.values[best.values > 0].tolist())
     assert found["token"].iloc[0] == "h" and set(found["position"]) <= set(range(1, len(TEXT) + 1))
+
+
+def test_special_tokens_and_sinks_have_no_features(tiny, sae):
+    x = tiny.residuals(ids(tiny), [1])[1][0, 1:]
+    limited = SAE.__new__(SAE)
+    limited.__dict__.update(sae.__dict__)
+    limited.limit = x.norm(dim=-1).median().item()
+    found = features.top(tiny, limited, 1, TEXT, features=30)
+    below = 1 + (x.norm(dim=-1) <= limited.limit).nonzero().squeeze(1)
+    assert set(found["position"]) == set(below.tolist()) and 0 < len(below) < len(x)
+    special = features.top(tiny, sae, 1, tiny.tokenizer.decode([tiny.bos]) + "a")
+    assert set(special["position"]) == {2}
 
 
 def test_a_shown_text_is_escaped_and_shaded():
@@ -145,9 +163,9 @@ def test_what_cannot_be_done_gets_a_sentence(tiny_gpt2, sae):
     with pytest.raises(ValueError, match="feature 30 was asked for, there are 0 to 29"):
         sae.direction(30)
     with pytest.raises(ValueError, match=r"direction of shape \(4,\).*expected \(16,\)"):
-        tiny_gpt2.generate(TEXT, steer=[(1, torch.zeros(4), 1.0)])
+        tiny_gpt2.generate(TEXT, 3, steer=[(1, torch.zeros(4), 1.0)])
     with pytest.raises(ValueError, match="layer 7 was asked for"):
-        tiny_gpt2.generate(TEXT, steer=[(7, sae.direction(0), 1.0)])
+        tiny_gpt2.generate(TEXT, 3, steer=[(7, sae.direction(0), 1.0)])
     with pytest.raises(ValueError, match="use_cache=False"), sae.attached(tiny_gpt2, 1):
         tiny_gpt2.model.generate(ids(tiny_gpt2), max_new_tokens=3, use_cache=True, pad_token_id=0)
     above = SAE(16, 30, k=4, baseline=baseline.Affine(16, 2, 16, 1.0))
@@ -158,10 +176,14 @@ def test_what_cannot_be_done_gets_a_sentence(tiny_gpt2, sae):
 def test_a_trained_sae_is_found_by_its_settings(data, tmp_path):
     jobs = [dict(activation="topk", n=8, k=k, lookup=lookup, seed=0, tokens=100)
             for k in (2, 3) for lookup in ("none", "learned")]
-    places = sweep(tmp_path / "saes", data, jobs)
+    known = fits.token_means(data)
+    given = jobs[0] | dict(lookup="none", known=known)
+    places = sweep(tmp_path / "saes", data, [*jobs, given, jobs[0] | dict(table_scale=0.5)])
     assert store.find(tmp_path, k=3, lookup="learned") == places[3]
+    assert store.find(tmp_path, lookup="tokens") == places[4], "one with a baseline of its own is not one without"
+    assert store.find(tmp_path, k=2, lookup="none", recipe="ours") == places[0]
     table = pd.read_csv(tmp_path / "saes" / "index.csv")
-    assert len(table) == 4 and {"name", "k", "lookup", "seed", "nmse", "l0", "dead"} <= set(table)
+    assert len(table) == 6 and {"name", "recipe", "k", "lookup", "seed", "nmse", "l0", "dead"} <= set(table)
     _, history = trained(tmp_path / "saes", data, **jobs[3])
     assert table.set_index("name").loc[places[3].name, "nmse"] == pytest.approx(history["nmse"].iloc[-1], rel=1e-4)
     with pytest.raises(ValueError, match="2 SAEs .* they differ in .*lookup"):
@@ -174,23 +196,15 @@ def test_a_trained_sae_is_found_by_its_settings(data, tmp_path):
         store.find(tmp_path / "elsewhere", k=2)
 
 
-
-
 def test_the_snippets_of_the_readme_run_as_they_stand(tmp_path, monkeypatch):
     """On the embedded model: one after the other, as a user would paste them."""
     page = (store.ROOT / "README.md").read_text(encoding="utf-8")
     blocks = [part.partition("```")[0] for title in ("## What else the decoder can know", "## Using features")
               for part in page.partition(title)[2].partition("\n## ")[0].split("```python\n")[1:]]
     assert len(blocks) == 2
-    write_index(tmp_path / "runs" / "embedded" / "saes")
-    monkeypatch.setattr(store, "DATA", tmp_path)
     monkeypatch.chdir(tmp_path)
     own = {}
     for block in blocks:
         exec(compile(block, "README.md", "exec"), own)
     assert own["known"].config["rows"][0] > 0 and own["sae"].lookup == "grams" and len(own["history"])
-
-
-def write_index(folder) -> None:
-    store.write_table(folder / "index.csv", pd.DataFrame([
-        dict(name=f"sae-{lookup}", k=8, lookup=lookup, n=1024, seed=0, tokens=300_000) for lookup in ("none", "learned")]))
+    assert own["place"].resolve().is_relative_to(tmp_path) and torch.equal(SAE.load(own["place"]).W_dec, own["sae"].W_dec)

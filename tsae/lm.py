@@ -312,9 +312,16 @@ class LM:
         """`prompt` and `tokens` more, the likeliest ones or sampled at a `temperature`.
 
         `steer`: [(layer, direction (d,) raw, strength)], added to the residuals of all positions
-        but BOS; sae.direction(feature) is a feature's.
+        but BOS; sae.direction(feature) is a feature's. Raises ValueError for more tokens than the
+        model reads, and for a temperature below 0.
         """
+        if not temperature >= 0:
+            raise ValueError(f"temperature is {temperature}: expected 0 (the likeliest token) or "
+                             "more")
         row, generator = self._prompt(prompt), torch.Generator().manual_seed(seed)
+        if row.shape[1] + tokens > self.max_context + 1:
+            raise ValueError(f"a prompt of {row.shape[1]} tokens and {tokens} more were asked for: "
+                             f"{self.name} reads at most {self.max_context}")
         with self.steered(steer):
             for _ in tqdm(range(tokens), "tokens", leave=False, disable=tokens < 20):
                 logits = self.model(input_ids=row, use_cache=False).logits[0, -1].float().cpu()
@@ -323,7 +330,7 @@ class LM:
                     new = torch.multinomial(chance, 1, generator=generator)
                 else:
                     new = logits.argmax(keepdim=True)
-                row = self._checked(torch.cat([row, new.to(row)[None]], 1), [0])
+                row = torch.cat([row, new.to(row)[None]], 1)
         return self.tokenizer.decode(row[0, 1:])
 
     def next_tokens(self, prompt: str, steer: Sequence[Steer] = (), top: int = 10) -> pd.DataFrame:
@@ -348,6 +355,9 @@ class LM:
                 if direction.shape != (self.d_model,):
                     raise ValueError(f"a direction of shape {tuple(direction.shape)} was given to "
                                      f"steer by: expected ({self.d_model},), as sae.direction")
+                if not torch.isfinite(direction * strength).all():
+                    raise ValueError("a direction with NaN or infinite entries was given to steer "
+                                     "by: give finite numbers, and a finite strength")
                 push = strength * direction.to(self.device)
                 stack.enter_context(self.edited(layer, lambda x, t, push=push: x + push))
             yield
@@ -412,8 +422,11 @@ def load(model: str, bos_token: str = "", device: str = "auto", dtype: str = "fl
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    elif device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"the device {device!r} was asked for, and torch finds no GPU: give cpu")
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise ValueError(f"the device {device!r} was asked for, and torch has none of that name "
+                         "here: give cpu, or auto for a GPU where there is one") from None
     if dtype not in DTYPES:
         raise ValueError(f"dtype is {dtype!r}: expected one of {', '.join(DTYPES)}")
     if dtype == "auto":

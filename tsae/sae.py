@@ -176,6 +176,13 @@ class SAE(nn.Module):
             p.requires_grad_(name in self.learned)
         return self
 
+    def _row(self, x: Tensor, t: Known) -> Row:
+        """The baseline's rows for x (b, ...). Raises ValueError for contexts of other positions."""
+        if self.lookup != "none" and t is not None and len(t) != len(x):
+            raise ValueError(f"{len(x)} activations were given with {len(t)} tokens: expected one "
+                             "token an activation")
+        return self.baseline(t)
+
     @torch.no_grad()
     def normalise(self) -> None:
         """Give every decoder row unit norm."""
@@ -189,7 +196,7 @@ class SAE(nn.Module):
         """W_enc (a_t - b_dec) + b_enc (b, n) of raw x (b, d)."""
         z = x / self.scale
         if self.encoder_sees == "rest":
-            z = self.encoder_input(z, self.baseline(t))
+            z = self.encoder_input(z, self._row(x, t))
         return preactivations(z, self.b_dec, self.W_enc, self.b_enc)
 
     def encode(self, x: Tensor, t: Known = None) -> Tensor:
@@ -198,7 +205,7 @@ class SAE(nn.Module):
 
     def decode(self, codes: Tensor, t: Known = None) -> Tensor:
         """Equation 2: raw a_hat (b, d) from codes (b, n), tokens t (b,). Training: `_rebuilt`."""
-        return (codes @ self.W_dec + self.b_dec + self.baseline(t)) * self.scale
+        return (codes @ self.W_dec + self.b_dec + self._row(codes, t)) * self.scale
 
     def table_alone(self, t: Tensor | Context) -> Tensor:
         """Equation 2 without features: b_dec + W_lookup[t], raw (b, d), of token ids t (b,)."""
@@ -208,7 +215,7 @@ class SAE(nn.Module):
         """The reconstruction (b, d) of raw x (b, d); topk never builds the dense codes."""
         if self.activation != "topk":
             return self.decode(self.encode(x, t), t)
-        z, row = x / self.scale, self.baseline(t)
+        z, row = x / self.scale, self._row(x, t)
         return self._rebuilt(self._active(z, row), row) * self.scale
 
     def act(self, pre: Tensor, support: Support | None = None,
@@ -274,7 +281,7 @@ class SAE(nn.Module):
     @torch.no_grad()
     def reconstructed(self, x: Tensor, t: Known = None) -> tuple[Tensor, int, Tensor]:
         """Raw x (b, d) reconstructed (b, d), the number of codes above 0, what fires (n,) bool."""
-        row = self.baseline(t)
+        row = self._row(x, t)
         active = self._active(x / self.scale, row)
         a_hat = self._rebuilt(active, row) * self.scale
         return a_hat, int((active.codes > 0).sum()), active.fired()
@@ -290,7 +297,7 @@ class SAE(nn.Module):
         else (b, n), or (m,) where they are few. `kth` finds the k-th largest value of a batch that
         ranks share. In training mode this moves batchtopk's threshold; nothing else does.
         """
-        z, row = x / self.scale, self.baseline(t)
+        z, row = x / self.scale, self._row(x, t)
         active = self._active(z, row, kth)
         if self.training and active.least is not None and len(z):
             moved = 0.9 * self.threshold + 0.1 * active.least  # a running mean

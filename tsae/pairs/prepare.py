@@ -70,9 +70,12 @@ def prepare(layer, rows: torch.Tensor, batch: int = 4096, buffer: int = 131072,
     `folder`. Rank `rank` of `world` gets its share of every batch. t of the pairs is a Context of
     what `needs` asks for, where that is more than the token.
     """
-    if not outliers >= 0:
-        raise ValueError(f"outliers is {outliers}: a multiple of the median norm was expected, or "
-                         "0 to leave nothing out")
+    if not (outliers == 0 or outliers > 1):
+        raise ValueError(f"outliers is {outliers}: a multiple of the median norm over 1 was "
+                         "expected, or 0 to leave nothing out")
+    if above := [n for n in needs.layers if n > layer.number]:
+        raise ValueError(f"a baseline of layer {layer.number} cannot look at layer {above[0]}, "
+                         "which comes after it: give an earlier one")
     if stored := fits(layer.d_model, rows, store_gb):
         pairs = _stored(layer, rows, store_gb, folder)
         identity, own = pairs.identity, dict(buffer=0)

@@ -64,7 +64,7 @@ class Sharded(SAE):
 
     def forward(self, x: torch.Tensor, t: Known = None) -> torch.Tensor:
         """The reconstruction of this rank's x (b, d). All ranks call it, with as many rows each."""
-        row = self.baseline(t)
+        row = self._row(x, t)
         codes, support = self.selected(x / self.scale, row)
         rebuilt = _Sum.apply(sum_rows(codes, support, self.W_dec))
         return (rebuilt + self.b_dec + row) * self.scale
@@ -84,7 +84,7 @@ class Sharded(SAE):
              dead: torch.Tensor | None = None, aux_weight: float = 1 / 32,
              kth: KthLargest = kth_largest) -> dict[str, torch.Tensor]:
         """SAE.loss of this rank's share of the batch; fired (n,) and codes: its own features'."""
-        z, row = x / self.scale, self.baseline(t)
+        z, row = x / self.scale, self._row(x, t)
         seen = _Gather.apply(self.encoder_input(z, row))
         codes, support = self._selected(seen)
         parts = [sum_rows(codes, support, self.W_dec)]

@@ -117,13 +117,17 @@ class _Job:
 def _index(folder: Path) -> None:
     """Write folder/index.csv, by which store.find looks up SAEs.
 
-    A row an SAE: name, settings, the kind of a baseline given to it, the end of its history.
+    A row an SAE: name, settings (`lookup` is the kind of its baseline where one was given,
+    `recipe` the name of a recipe that fits), the end of its history.
     """
     rows = []
     for history in sorted(folder.glob("*/history.csv")):
         settings, last = store.read_json(history.parent / "settings.json"), pd.read_csv(history)
-        known = settings.pop("known", {})
-        own = dict(name=history.parent.name, baseline=known.get("kind", "none"))
+        if known := settings.pop("known", {}):
+            settings["lookup"] = known["kind"]
+        recipe = next((name for name, parts in train.RECIPES.items()
+                       if parts.items() <= settings.items()), "other")
+        own = dict(name=history.parent.name, recipe=recipe)
         rows.append(own | settings | dict(last.iloc[-1][["l0", "nmse", "dead"]]))
     if rows:
         store.write_table(folder / "index.csv", pd.DataFrame(rows))
