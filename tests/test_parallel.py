@@ -435,7 +435,7 @@ def test_the_command_trains_ngrams_on_any_number_of_ranks(command, tmp_path):
         pd.testing.assert_frame_equal(pd.read_csv(tmp_path / name / "history.csv"), wanted, rtol=0.02)
         assert torch.equal(SAE.load(tmp_path / name).baseline.keys, alone.baseline.keys)
     assert all(SAE.load(tmp_path / name).config == alone.config for name in ("shared", "dealt", "streamed"))
-    for wrong in (["--grams", "-1"], ["--grams", "5", "--lookup", "none"]):
+    for wrong in (["--grams", "-1"], ["--grams", "5", "--lookup", "none"], ["--grams", "5", "--recipe", "code"]):
         with pytest.raises(SystemExit, match="stand beside a learned table"):
             trainer.main([*command, "--out", str(tmp_path / "wrong"), *wrong])
 
@@ -466,6 +466,11 @@ def test_the_command_says_what_is_wrong(command, tmp_path, capsys):
     trainer.main([*command, *out])
     trainer.main([*command, *out])
     assert "holds this SAE already" in capsys.readouterr().out
+    for changes, sentence in ((["--k", "99"], "k is 99"), (["--layer", "99"], "layer 99 was asked for"),
+                              (["--grams", *["1"] * 9], "n-grams up to")):
+        with pytest.raises(SystemExit, match=sentence):
+            trainer.main([*command, "--out", str(tmp_path / "late"), *changes])
+        assert not (tmp_path / "late" / "settings.json").exists(), "the corrected command can go there"
     for changes, sentence in ((["--k", "5"], "other settings.*choose another --out"), (["--model", "/nowhere"], "no model")):
         with pytest.raises(SystemExit, match=sentence):
             trainer.main([*command, *(out if "--k" in changes else ["--out", str(tmp_path / "new")]), *changes])

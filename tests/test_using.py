@@ -4,6 +4,7 @@ import pandas as pd
 import pytest
 import torch
 from conftest import byte_tokenizer, tiny_network
+from families import random_network
 
 from tsae import baseline, features, store
 from tsae.lm import LM
@@ -168,6 +169,9 @@ def test_what_cannot_be_done_gets_a_sentence(tiny_gpt2, sae):
         tiny_gpt2.generate(TEXT, 3, steer=[(7, sae.direction(0), 1.0)])
     with pytest.raises(ValueError, match="use_cache=False"), sae.attached(tiny_gpt2, 1):
         tiny_gpt2.model.generate(ids(tiny_gpt2), max_new_tokens=3, use_cache=True, pad_token_id=0)
+    recurrent = LM(random_network("mamba2"), byte_tokenizer(), "mamba2")
+    with pytest.raises(ValueError, match="BOS first, use_cache=False"), recurrent.edited(1, lambda x, t: x):
+        recurrent.model.generate(ids(recurrent), max_new_tokens=3, use_cache=True, pad_token_id=0)
     above = SAE(16, 30, k=4, baseline=baseline.Affine(16, 2, 16, 1.0))
     with pytest.raises(ValueError, match="layer 1 cannot depend on layer 2"), above.attached(tiny_gpt2, 1):
         pass

@@ -279,6 +279,8 @@ class LM:
             if cache is not None and cache.get_seq_length():
                 raise ValueError("an edited model runs on whole rows: pass use_cache=False")
             tokens = named["input_ids"] if "input_ids" in named else arguments[0]
+            if (tokens[:, 0] != self.bos).any():  # so does a model that keeps its state elsewhere
+                raise ValueError("an edited model runs on whole rows: BOS first, use_cache=False")
 
         def note(number: int):
             def read(module, arguments, named):

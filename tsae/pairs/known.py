@@ -111,8 +111,11 @@ def layer_map(data: Data, layer: int, rank: int = 0, learned: bool = True) -> Af
     """The best affine map of the activation at another layer: least squares over positions.
 
     `rank` > 0: in its first directions only. The data must hold Contexts with that layer.
+    ValueError for the layer of the data itself, which explains all of it.
     """
     _check(data, Needs(layers=(layer,)))
+    if layer == data.identity.get("layer"):
+        raise ValueError(f"layer {layer} is that of the data: give an earlier one")
     scale = data.stats["scale"].item()
     first = next(data.parts())[1].layers[layer]
     limit = 10 * first.norm(dim=-1).median().item()

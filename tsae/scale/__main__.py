@@ -8,10 +8,10 @@ import torch
 
 from tsae import lm as lms
 from tsae import store, text, train
-from tsae.baseline import Needs
+from tsae.baseline import Grams, Needs
 from tsae.pairs import known as known_of
 from tsae.pairs.prepare import Data, fits, prepare
-from tsae.sae import ACTIVATIONS, LOOKUPS
+from tsae.sae import ACTIVATIONS, LOOKUPS, SAE
 from tsae.scale import parallel
 from tsae.scale.passes import fit_all
 from tsae.scale.sharded import Sharded
@@ -69,9 +69,7 @@ def train_one(options: argparse.Namespace, device: str) -> None:
 
     Raises ValueError for what cannot be trained.
     """
-    if options.grams and (options.lookup != "learned" or min(options.grams) < 0):
-        raise ValueError(f"--grams {options.grams} stand beside a learned table: expected numbers "
-                         "of rows, and --lookup learned")
+    _check(options)
     if _trained_before(options):
         return
     with parallel.one_first():
@@ -84,6 +82,7 @@ def train_one(options: argparse.Namespace, device: str) -> None:
         lookup, known = "none", known_of.grams(data, options.grams).to(unigrams.device)
     sae = train.build(stats, unigrams, recipe, options.activation, options.n_features, options.k,
                       lookup, options.seed, known)
+    store.write_json(options.out / "settings.json", _settings(options))
     sae = Sharded(sae).to(device) if options.shard_features else sae
     run = train.Run(sae, options.train_tokens, sparsity=options.sparsity, seed=options.seed,
                     dead_after_tokens=options.dead_after_tokens, exchange=parallel.Ranks(),
@@ -98,6 +97,16 @@ def train_one(options: argparse.Namespace, device: str) -> None:
         last = history.iloc[-1]
         print(f"trained on {last.tokens:.0f} tokens by {parallel.world()} ranks, nmse "
               f"{last.nmse:.3f} at the end; the SAE is in {options.out}", flush=True)
+
+
+def _check(options: argparse.Namespace) -> None:
+    """Raises ValueError for options that could not be trained, before anything is read."""
+    SAE(1, options.n_features, options.activation, options.k)
+    own = options.lookup == "learned" and options.recipe == "ours"
+    if options.grams and not (own and min(options.grams) >= 0):
+        raise ValueError(f"--grams {options.grams} stand beside a learned table that starts at the "
+                         "tokens' means: expected numbers of rows, --lookup learned and --recipe "
+                         "ours")
 
 
 def _settings(options: argparse.Namespace) -> dict[str, str]:
@@ -123,18 +132,20 @@ def _trained_before(options: argparse.Namespace) -> bool:
 
 
 def _prepared(options: argparse.Namespace, device: str) -> Data:
-    """The activations; notes the settings in the folder."""
+    """The activations. What can be refused at once is, before the text is read."""
     lm = lms.load(options.model, options.bos_token, device, options.dtype)
+    layer = lm.layer(options.layer)
+    if options.grams:
+        Grams(1, lm.vocabulary, [0] * len(options.grams))  # refuses n-grams that are too long
     wanted = options.text_tokens or options.train_tokens
     context = min(options.context, lm.max_context)
     rows = text.tokens(options.corpus, lm.tokenizer, context, wanted, options.context)["train"]
     _go_on(options.out / "unfinished", dict(streamed=not fits(lm.d_model, rows, options.store_gb),
                                             shard_features=options.shard_features))
-    data = prepare(lm.layer(options.layer), rows, options.batch, store_gb=options.store_gb,
+    data = prepare(layer, rows, options.batch, store_gb=options.store_gb,
                    folder=store.CACHE / "activations", rank=parallel.rank(), world=parallel.world(),
                    outliers=options.outliers,
                    needs=Needs(len(options.grams) + 1))
-    store.write_json(options.out / "settings.json", _settings(options))
     return data
 
 
