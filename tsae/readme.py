@@ -71,6 +71,8 @@ def beyond(results: Path) -> str:
     form = "{model}, layer {layer}, k {k}, {n_features} features, {tokens} training tokens:\n\n"
     parts = []
     for preset in ("embedded", "smollm2-beyond"):
+        if not (results / preset / "beyond.csv").is_file():
+            continue
         table = store.read_table(results / preset / "beyond.csv")
         about = store.read_json(results / preset / "manifest.json")["beyond.csv"]["parameters"]
         added = table[table["metric"] == "ce_added"].set_index("arm")["value"]
