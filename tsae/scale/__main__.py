@@ -142,11 +142,9 @@ def _prepared(options: argparse.Namespace, device: str) -> Data:
     rows = text.tokens(options.corpus, lm.tokenizer, context, wanted, options.context)["train"]
     _go_on(options.out / "unfinished", dict(streamed=not fits(lm.d_model, rows, options.store_gb),
                                             shard_features=options.shard_features))
-    data = prepare(layer, rows, options.batch, store_gb=options.store_gb,
+    return prepare(layer, rows, options.batch, store_gb=options.store_gb,
                    folder=store.CACHE / "activations", rank=parallel.rank(), world=parallel.world(),
-                   outliers=options.outliers,
-                   needs=Needs(len(options.grams) + 1))
-    return data
+                   outliers=options.outliers, needs=Needs(len(options.grams) + 1))
 
 
 def _go_on(unfinished: Path, layout: dict[str, bool]) -> None:

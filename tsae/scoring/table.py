@@ -3,7 +3,7 @@
 import numpy as np
 import pandas as pd
 import torch
-from scipy.stats import rankdata
+from scipy.stats import mannwhitneyu
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, normalize
 
@@ -98,9 +98,10 @@ def known_by(sae: SAE, x: Tensor, t: Tensor, text: Text, batch: int = 4096,
         row = sae.baseline(known)
         rows.append(row.cpu() if isinstance(row, Tensor) else torch.zeros(len(a), 0))
         rest.append((sae.reconstructed(a, known)[0] / sae.scale - sae.b_dec - row).cpu())
-    seen = dict(table=torch.cat(rows), features=torch.cat(rest))
-    seen = dict(seen, both=torch.cat(list(seen.values()), 1)) if seen["table"].shape[1] else dict(
-        features=seen["features"])
+    table, features = torch.cat(rows), torch.cat(rest)
+    seen = dict(features=features)
+    if table.shape[1]:
+        seen = dict(table=table, features=features, both=torch.cat([table, features], 1))
     flags, fit = text.ids[text.attributes].T.astype(bool), torch.from_numpy(text.fit)
     wanted = torch.from_numpy(flags).double()
     found = dict(attribute=[text.names[rule] for rule in text.attributes], share=flags.mean(0))
@@ -115,10 +116,10 @@ def known_by(sae: SAE, x: Tensor, t: Tensor, text: Text, batch: int = 4096,
 
 def auc(value: np.ndarray, flag: np.ndarray) -> float:
     """The chance that a value (m,) where flag (m,) holds is above one where it does not."""
-    yes = int(flag.sum())
-    if yes in (0, len(flag)):
+    if flag.all() or not flag.any():
         return float("nan")
-    return (rankdata(value)[flag].sum() - yes * (yes + 1) / 2) / (yes * (len(flag) - yes))
+    above = mannwhitneyu(value[flag], value[~flag], method="asymptotic").statistic
+    return above / (flag.sum() * (~flag).sum())
 
 
 def kinship(rows: Tensor, strings: list[str], count: Tensor, seed: int = 0) -> pd.DataFrame:
