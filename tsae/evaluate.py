@@ -58,6 +58,33 @@ def summarise(table: pd.DataFrame, by: list[str], metrics: list[str]) -> pd.Data
     return pd.DataFrame(rows)
 
 
+def by_document(values: np.ndarray, document: np.ndarray) -> np.ndarray:
+    """Sums of values (m,) over the documents (m,) of their positions: (D,), in ascending order."""
+    return np.bincount(np.unique(document, return_inverse=True)[1], values)
+
+
+def resampled(statistic: Callable, *sums: np.ndarray, draws: int = 2000, seed: int = 0,
+              level: float = 0.95) -> tuple[float, float, float]:
+    """(value, low, high) of statistic(*totals), from sums (S, D) over S seeds and D documents.
+
+    Seeds and documents are resampled together; the same draw serves all arguments. Few seeds vary
+    too little when resampled, so that the interval is never narrower than Student's t over seeds.
+    One seed has no interval.
+    """
+    seeds, documents = sums[0].shape
+    each = [statistic(*totals) for totals in zip(*(part.sum(1) for part in sums))]
+    mean, least, most = interval(each, level)
+    value = statistic(*(part.sum() for part in sums))
+    if seeds < 2:
+        return value, float("nan"), float("nan")
+    generator = np.random.default_rng(seed)
+    of_seed = generator.multinomial(seeds, [1 / seeds] * seeds, draws)
+    of_document = generator.multinomial(documents, [1 / documents] * documents, draws)
+    drawn = statistic(*(((of_seed @ part) * of_document).sum(1) for part in sums))
+    low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2])
+    return value, min(low, value - (mean - least)), max(high, value + (most - mean))
+
+
 def tokens_to_reach(tokens: Iterable[float], values: Iterable[float], target: float) -> float:
     """Tokens at which a falling curve reaches `target`, log-linear between points; nan if never."""
     tokens, values = np.asarray(list(tokens), float), np.asarray(list(values), float)

@@ -55,6 +55,36 @@ class Layer:
     other: Callable[[int], "Layer"] | None = None
 
 
+@dataclass(frozen=True)
+class Tail:
+    """The blocks from `layer` on, over rows whose residuals there are kept: see LM.tail.
+
+    parts: (tokens (b, T), x (b, T, d), what a patch knows) each.
+    """
+
+    lm: "LM"
+    layer: int
+    limit: float
+    parts: list[tuple]
+
+    def __call__(self, patch: Patch | None) -> float:
+        """Mean nats with `patch` (None: the model as it is)."""
+        return self.each(patch).mean().item()
+
+    def each(self, patch: Patch | None) -> torch.Tensor:
+        """Nats (m,) at every kept position that has a next token, in the order of `kept`."""
+        return torch.cat([self.lm.nats(tokens, self.layer, patch, x, self.limit, known)
+                          for tokens, x, known in self.parts])
+
+    @property
+    def kept(self) -> torch.Tensor:
+        """Which positions of the rows have nats: (N, T) bool, the last of a row never."""
+        kept = torch.cat([self.lm.keep(tokens.to(x.device), x, self.limit)
+                          for tokens, x, _ in self.parts])
+        kept[:, -1] = False
+        return kept
+
+
 class LM:
     """A causal LM and its tokenizer. `centred`: residuals have zero mean over d_model."""
 
@@ -242,7 +272,7 @@ class LM:
         return logits[row, column - first].float()
 
     def tail(self, rows: torch.Tensor, layer: int, limit: float = math.inf,
-             needs: Needs = Needs()) -> Callable[[Patch | None], float]:
+             needs: Needs = Needs()) -> "Tail":
         """The function patch -> mean `nats` over rows (N, T), that runs the blocks from `layer` on.
 
         The residuals of the rows are computed once and kept in memory, (N, T, d) float32. Positions
@@ -255,12 +285,7 @@ class LM:
             found = self.residuals(part, [layer, *needs.layers])
             known = needs.context(part.to(self.device), found)
             parts.append((part, found[layer], known))
-
-        def patched_nats(patch: Patch | None) -> float:
-            each = [self.nats(part, layer, patch, x, limit, known) for part, x, known in parts]
-            return torch.cat(each).mean().item()
-
-        return patched_nats
+        return Tail(self, layer, limit, parts)
 
     @contextmanager
     def edited(self, layer: int, edit: Patch, limit: float = math.inf,

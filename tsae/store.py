@@ -6,6 +6,7 @@ import os
 import sys
 import tempfile
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 
@@ -94,7 +95,8 @@ def result(folder: Path, name: str, table: pd.DataFrame, notebook: str, **parame
     manifest = folder / "tables" / "manifest.json"
     lines = read_json(manifest) if manifest.is_file() else {}
     packages = ("torch", "transformers", "nnsight", "datasets")
-    lines[path.name] = dict(sha256=digest(path), notebook=notebook, parameters=parameters,
+    made = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M")
+    lines[path.name] = dict(sha256=digest(path), notebook=notebook, parameters=parameters, made=made,
                             versions={package: version(package) for package in packages})
     write_json(manifest, lines)
 

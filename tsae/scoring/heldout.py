@@ -88,15 +88,10 @@ class Text:
 def prepare(rows: torch.Tensor, keep: torch.Tensor, tokenizer, seed: int = 0) -> Text:
     """The `Text` of token rows (N, T) of which `keep` (N, T) bool marks the positions that count.
 
-    Documents end at positions inside a row that do not count (BOS); where that gives fewer than 20,
-    rows are documents. Half of the positions, in whole documents drawn by `seed`, are fitted on.
+    Half of the positions, in whole documents (see `documents`) drawn by `seed`, are fitted on.
     """
     (row, column), t = where(keep).T, rows[keep].numpy().astype(np.int64)
-    ends = ~keep.numpy()
-    ends[:, 0] = False
-    document = ends.cumsum().reshape(ends.shape)[row, column]
-    if len(np.unique(document)) < 20:
-        document = row.copy()
+    document = documents(keep)[row, column]
     tokens, token = np.unique(t, return_inverse=True)
     words, places = _words(tokens, tokenizer), np.arange(len(t))
     follows = np.r_[False, (row[1:] == row[:-1]) & (column[1:] == column[:-1] + 1)][:len(t)]
@@ -107,6 +102,20 @@ def prepare(rows: torch.Tensor, keep: torch.Tensor, tokenizer, seed: int = 0) ->
     word = dict(zip(tokens.tolist(), words)).get
     fit = half(document, seed)
     return Text(t, row, column, document, fit, names, np.array(ids, np.int32), tell, word)
+
+
+def documents(keep: torch.Tensor) -> np.ndarray:
+    """The number of each position's document (N, T), of rows of which `keep` (N, T) bool count.
+
+    Documents end at positions inside a row that do not count; where that gives fewer than 20, rows
+    are documents.
+    """
+    ends = ~keep.numpy()
+    ends[:, 0] = False
+    document = ends.cumsum().reshape(ends.shape)
+    if len(np.unique(document[keep.numpy()])) < 20:
+        return np.repeat(np.arange(len(keep))[:, None], keep.shape[1], axis=1)
+    return document
 
 
 def half(document: np.ndarray, seed: int) -> np.ndarray:
