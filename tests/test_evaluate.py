@@ -198,3 +198,31 @@ def test_what_a_baseline_explains_alone():
         known.W_lookup.copy_((means - stats["mean"]) / 2)
     within = (X - means[T]).square().sum() / (X - X.mean(0)).square().sum()
     assert evaluate.explained(known, stats, X, T, batch=7) == pytest.approx(1 - within.item(), abs=1e-5)
+
+
+def test_sums_by_document_are_those_of_a_loop():
+    values, document = np.array([1.0, 2.0, 3.0, 4.0]), np.array([7, 3, 7, 9])
+    assert evaluate.by_document(values, document).tolist() == [2.0, 4.0, 4.0]
+
+
+def test_resampled_intervals_cover_seeds_and_documents():
+    """Known variances: a mean over documents of N(1, 1), to which each seed adds N(0, s)."""
+    generator = np.random.default_rng(0)
+    for spread, expected in ((0.0, 1.96 / 20), (0.5, None)):
+        covered, widths = 0, []
+        for _ in range(100):
+            documents, seeds = generator.normal(1, 1, 400), generator.normal(0, spread, (3, 1))
+            value, low, high = evaluate.resampled(lambda a, n: a / n, documents + seeds, np.ones((3, 400)), draws=300)
+            assert value == pytest.approx((documents + seeds).mean())
+            covered, widths = covered + (low <= 1 <= high), [*widths, (high - low) / 2]
+        assert 88 <= covered <= 100, "95 % intervals hold the truth about as often"
+        assert expected is None or np.mean(widths) == pytest.approx(expected, rel=0.1), "that of the documents alone"
+
+
+def test_a_ratio_of_two_arms_keeps_what_documents_share():
+    generator = np.random.default_rng(0)
+    documents = generator.lognormal(0, 1, 300)
+    other = np.stack([documents, documents * 1.01, documents * 0.99])
+    value, low, high = evaluate.resampled(lambda a, b: 1 - a / b, 0.8 * other, other)
+    assert (value, low, high) == pytest.approx((0.2, 0.2, 0.2), abs=1e-9), "hard documents are hard for both"
+    assert np.isnan(evaluate.resampled(lambda a, b: a / b, other[:1], other[:1])[1:]).all(), "one seed has no interval"

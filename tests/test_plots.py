@@ -57,7 +57,7 @@ INPUTS = {
     "error_by_count": (renamed(count="n", error="value"),),
     "unigram_activations": (renamed(rank="n", activation="value"), " the"),
     "shares": (renamed(inputs="table").assign(metric="answering"),), "pareto": (FRONT,),
-    "lengths": (renamed(arm="sae", tokens="n").assign(metric=["nmse", "ce_added"] * 2), ""),
+    "gains": (renamed(arm="sae", tokens="n").assign(metric=["nmse", "ce_added"] * 2), ""),
     "bars": (KINDS, "sae", "", "error"), "speedup": (renamed(where="sae").assign(metric="nmse"),),
     "unigram_classes": (renamed(size="n", answers="position", share="value").astype({"answers": str}),),
     "thresholds": (renamed(threshold="n", share="value"), 1.5), "cost": (STEPS,), "ladder": (KINDS,),
@@ -81,7 +81,7 @@ def test_a_figure_names_quantities_and_fits_the_page(name):
     figure = getattr(plots, name)(*INPUTS[name])
     assert figure.data and figure.layout.width <= 1060 and figure.layout.height <= 600
     title = figure.layout.title.text
-    assert (title or name in ("bars", "lengths")) and not VERDICTS.search(title), "a title holds whatever the data say"
+    assert (title or name in ("bars", "gains")) and not VERDICTS.search(title), "a title holds whatever the data say"
     assert not any("=" in heading.text for heading in figure.layout.annotations)
 
 

@@ -171,23 +171,21 @@ def pareto(table: pd.DataFrame, title: str = "Error by sparsity, by kind of SAE"
                    width=1060, height=500)
 
 
-def lengths(table: pd.DataFrame, title: str) -> go.Figure:
-    """Columns arm, tokens, metric, value, low, high: nmse and ce_added over training tokens."""
+def gains(table: pd.DataFrame, title: str) -> go.Figure:
+    """Columns arm, tokens, metric, value, low, high: shares saved, over training tokens."""
     drawn = table[table["metric"].isin(["nmse", "ce_added"])].sort_values("tokens")
     others = [arm for arm in drawn["arm"].unique() if arm not in COLOURS]
     free = [colour for colour in SEQUENCE + MORE if colour not in COLOURS.values()]
     colours = COLOURS | dict(zip(others, free))
-    figure = _lines(drawn, "tokens", "value", "arm", facet_col="metric", log_x=True, log_y=True,
+    figure = _lines(drawn, "tokens", "value", "arm", facet_col="metric", log_x=True,
                     color_discrete_map=colours)
-    figure.update_yaxes(matches=None, showticklabels=True)
+    figure.update_yaxes(tickformat=".0%").add_hline(0, **DOTTED)
     ticks = sorted(drawn["tokens"].unique())
     labels = [f"{tick / 1e6:g}M" if tick >= 1e6 else f"{tick / 1e3:g}k" for tick in ticks]
     figure.update_xaxes(tickvals=ticks, ticktext=labels)
-    for axis, (_, part) in zip(figure.select_yaxes(row=1), drawn.groupby("metric", sort=False)):
-        axis.update(_log_ticks(part["value"]))
     below = dict(orientation="h", y=-0.2, yanchor="top")
-    return _titled(figure, title, "training tokens", "lower is better", width=940, height=560,
-                   legend=below)
+    return _titled(figure, title, "training tokens", "share by which it is lower", width=940,
+                   height=560, legend=below)
 
 
 def bars(table: pd.DataFrame, x: str, title: str, label: str) -> go.Figure:

@@ -96,7 +96,8 @@ def result(folder: Path, name: str, table: pd.DataFrame, notebook: str, **parame
     lines = read_json(manifest) if manifest.is_file() else {}
     packages = ("torch", "transformers", "nnsight", "datasets")
     made = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M")
-    lines[path.name] = dict(sha256=digest(path), notebook=notebook, parameters=parameters, made=made,
+    lines[path.name] = dict(sha256=digest(path), made=made, notebook=notebook,
+                            parameters=parameters,
                             versions={package: version(package) for package in packages})
     write_json(manifest, lines)
 
