@@ -56,6 +56,19 @@ def test_the_gpt2_preset_runs_from_statistics_to_evidence(model_folder, corpus, 
     assert capsys.readouterr().out.count("done in") == 5
 
 
+def test_arms_are_compared_over_training_length(model_folder, corpus, tmp_path):
+    sizes = SMALL | dict(ks="[2,4]", lengths="[2000,6000]", rates="[0.001,0.003]", bigram_rows=20)
+    run("embedded", tmp_path / "run", "07", model=model_folder("llama"), corpus=corpus, **sizes)
+    gains = store.read_table(tmp_path / "run/tables/gains.csv")
+    main = gains[(gains["arm"] == "with table") & (gains["metric"] == "nmse")]
+    assert set(main["over"]) > {"without table", "frozen token mean", "bigrams"} and set(main["tokens"]) == {2000, 6000}
+    assert (main["low"] <= main["value"]).all() and (main["value"] <= main["high"]).all()
+    runs = store.read_table(tmp_path / "run/tables/length_runs.csv").groupby("arm")["parameters"].first()
+    assert runs["no table, as many parameters"] == pytest.approx(runs["with table"], rel=0.01)
+    tried = store.read_table(tmp_path / "run/tables/length_rates.csv")
+    assert len(tried) == 10 * 2 * 2, "every arm is tuned over the same grid"
+
+
 def test_res_jb_reads_a_saelens_folder(model_folder, corpus, tmp_path):
     torch.manual_seed(0)
     sae = SAE(16, 48, "relu").start(torch.zeros(16))

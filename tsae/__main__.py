@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import sys
+import textwrap
 import time
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from tsae import fetch, readme, store
 NOTEBOOKS = store.ROOT / "notebooks"
 PRESETS = NOTEBOOKS / "presets"
 SOURCE = Path(__file__).parent
+LAST = "05_figures"  # it draws from the tables of all others
 VERSION = 1  # of finished notebooks: raise it when metrics or scores give other results
 
 
@@ -178,8 +180,9 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def chosen(only: list[str]) -> list[Path]:
-    """The notebooks with these numbers (all, if there are none), in order."""
-    notebooks = sorted(NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"))
+    """The notebooks with these numbers (all, if there are none), in order, LAST at the end."""
+    notebooks = sorted(NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"),
+                       key=lambda path: (path.stem == LAST, path.name))
     missing = set(only) - {path.name[:2] for path in notebooks}
     if missing or not notebooks:
         raise SystemExit(f"there is no notebook {', '.join(sorted(missing))}: there are "
@@ -188,11 +191,14 @@ def chosen(only: list[str]) -> list[Path]:
 
 
 def show_evidence(folder: Path) -> None:
-    """Print the evidence table of a run, if it has one."""
+    """Print the evidence of a run, if it has some: two lines a claim, within 80 columns."""
     path = folder / "tables" / "evidence.csv"
-    if path.is_file():
-        table = store.read_table(path)[["claim", "paper", "ours", "low", "high", "verdict"]]
-        print(table.to_string(index=False, na_rep="", float_format="{:.3g}".format))
+    if not path.is_file():
+        return
+    for row in store.read_table(path).fillna("").itertuples():
+        mark = " (post hoc)" if row.post_hoc else ""
+        print(f"{row.id:>4}  {row.verdict}{mark}: {row.ours or 'no table here'}")
+        print(textwrap.indent(textwrap.fill(f"{row.claim} [{row.paper}]", 74), " " * 6))
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -223,7 +229,7 @@ def main(arguments: list[str] | None = None) -> None:
                              f"{folder / 'notebooks'}") from None
     if options.publish:
         publish(folder, options.preset, chosen(of_preset))
-    if any(path.stem == "05_figures" for path in notebooks):
+    if any(path.stem == LAST for path in notebooks):
         show_evidence(folder)
 
 

@@ -114,7 +114,7 @@ def headline(results: Path) -> str:
     chosen = (shares["size"] == size) & ((shares["threshold"] - threshold).abs() < 1e-9)
     kinds = (
         ("savings", store.read_table(results / "embedded" / "savings.csv"), "{:.0%}",
-         "active features saved at the {of} of the baseline with k = {baseline_k}"),
+         "active features saved at the {of} of the baseline with k = {baseline_k}, {counted}"),
         ("speedups", store.read_table(results / "embedded" / "speedups.csv"), "{:.1f}",
          "times fewer training tokens to the baseline's final {of}, layer {layer}"),
         ("unigram_sensitivity", shares[chosen].rename(columns={"share": "value"}), "{:.1%}",
@@ -127,14 +127,19 @@ def headline(results: Path) -> str:
 
 
 def evidence(results: Path) -> str:
-    """The evidence table."""
+    """The claims, each with its verdicts on the models whose tables decide it."""
+    paths = {preset: results / preset / "evidence.csv" for preset in ("embedded", "smollm2")}
+    found = {preset: store.read_table(path).fillna("").set_index("id")
+             for preset, path in paths.items() if path.is_file()}
     rows = []
-    for row in store.read_table(results / "embedded" / "evidence.csv").itertuples():
-        ours = "" if pd.isna(row.ours) else f"{row.ours}"
-        if ours and not pd.isna(row.low):
-            ours += f" [{row.low:.3g}, {row.high:.3g}]"
-        rows.append({"claim": row.claim, "paper": row.paper, "ours": ours, "verdict": row.verdict,
-                     "criterion": "" if pd.isna(row.criterion) else row.criterion})
+    for name, claim in found["embedded"].iterrows():
+        row = {"claim": f"{name} {claim['claim']}", "paper": claim["paper"],
+               "criterion": claim["criterion"]}
+        for preset, table in found.items():
+            mark = ", post hoc" * bool(table.loc[name, "post_hoc"])
+            ours, verdict = table.loc[name, ["ours", "verdict"]]
+            row[preset] = f"{ours} **{verdict}**{mark}".strip()
+        rows.append(row)
     return markdown(rows)
 
 
