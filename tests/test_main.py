@@ -57,7 +57,7 @@ def test_the_gpt2_preset_runs_from_statistics_to_evidence(model_folder, corpus, 
 
 
 def test_arms_are_compared_over_training_length(model_folder, corpus, tmp_path):
-    sizes = SMALL | dict(ks="[2,4]", lengths="[2000,6000]", rates="[0.001,0.003]", bigram_rows=20)
+    sizes = SMALL | dict(main_ks="[2,4]", lengths="[2000,6000]", rates="[0.001,0.003]", bigram_rows=20)
     run("embedded", tmp_path / "run", "07", model=model_folder("llama"), corpus=corpus, **sizes)
     gains = store.read_table(tmp_path / "run/tables/gains.csv")
     main = gains[(gains["arm"] == "with table") & (gains["metric"] == "nmse")]
