@@ -174,16 +174,21 @@ def test_presets_name_real_parameters(path):
 
 
 def test_results_are_those_of_their_manifest():
-    for folder in RESULTS.iterdir():
+    for folder in filter(Path.is_dir, RESULTS.iterdir()):
         manifest = store.read_json(folder / "manifest.json")
         assert set(manifest) == {path.name for path in folder.glob("*.csv")}
         for name, line in manifest.items():
             assert store.digest(folder / name) == line["sha256"], f"{name} was changed after {line['notebook']} made it"
 
 
-def test_the_readme_shows_the_tables():
-    page = (store.ROOT / "README.md").read_text()
-    assert readme.written(page, RESULTS) == page, "run python -m tsae --publish"
+@pytest.mark.parametrize("name", readme.PAGES)
+def test_the_pages_show_the_tables(name):
+    page = (store.ROOT / name).read_text()
+    assert readme.written(page, RESULTS, readme.PAGES[name]) == page, "run python -m tsae --publish"
+
+
+def test_the_readme_is_read_in_ten_minutes():
+    assert len((store.ROOT / "README.md").read_text().splitlines()) <= 150
 
 
 def test_figures_are_not_older_than_their_tables():

@@ -1,4 +1,4 @@
-"""Oracle: tables written out by hand. The README itself is compared with its tables in test_house.py."""
+"""Oracle: tables written out by hand. The pages themselves are compared with their tables in test_house.py."""
 
 import subprocess
 import sys
@@ -17,16 +17,16 @@ def test_a_table_is_markdown_and_keeps_its_bars():
     assert readme.with_interval(pd.Series(dict(value=0.5, low=0.25, high=1)), "{:.0%}") == "50% [25%, 100%]"
 
 
-def test_blocks_are_replaced_and_the_rest_is_kept(tmp_path, monkeypatch):
-    monkeypatch.setattr(readme, "BLOCKS", {"one": lambda results: f"table of {results.name}", "two": lambda results: r"a\\1"})
+def test_blocks_are_replaced_and_the_rest_is_kept(tmp_path):
+    blocks = {"one": lambda results: f"table of {results.name}", "two": lambda results: r"a\\1"}
     page = "head\n<!-- two -->\nold\n<!-- /two -->\nbetween\n<!-- one -->\n<!-- /one -->\ntail"
-    written = readme.written(page, tmp_path)
+    written = readme.written(page, tmp_path, blocks)
     assert written == ("head\n<!-- two -->\n\na\\\\1\n\n<!-- /two -->\nbetween\n"
                        f"<!-- one -->\n\ntable of {tmp_path.name}\n\n<!-- /one -->\ntail")
-    assert readme.written(written, tmp_path) == written
+    assert readme.written(written, tmp_path, blocks) == written
     for lacking in (page.replace("<!-- one -->", ""), page.replace("<!-- /one -->", "")):
         with pytest.raises(ValueError, match="no place for the table 'one'"):
-            readme.written(lacking, tmp_path)
+            readme.written(lacking, tmp_path, blocks)
 
 
 @pytest.mark.parametrize("module, never", [
@@ -49,7 +49,7 @@ DOES = {  # what a baseline adds, and whether it learns
 
 
 def works() -> str:
-    """The README's table of what works with what, from the parametrisation of the tests."""
+    """The table of what works with what, from the parametrisation of the tests."""
     marks = {mark.args[0]: mark.args[1] for mark in test_baseline.test_every_baseline_goes_with_every_activation.pytestmark}
     resumes = test_baseline.test_a_run_with_any_baseline_goes_on_bit_for_bit.pytestmark[0].args[1]
     case = dict(tokens="table", frozen="frozen")
@@ -62,7 +62,7 @@ def works() -> str:
     } for kind in marks["kind"]])
 
 
-def test_the_readme_says_what_works_as_the_tests_have_it():
-    page = (store.ROOT / "README.md").read_text(encoding="utf-8")
+def test_the_results_say_what_works_as_the_tests_have_it():
+    page = (store.ROOT / "data/results/README.md").read_text(encoding="utf-8")
     _, _, rest = page.partition("<!-- works -->\n")
     assert rest.partition("<!-- /works -->")[0].strip() == works()

@@ -1,5 +1,6 @@
-"""The README's tables, written from result tables: nothing between their two marks is by hand."""
+"""The tables of three pages, written from result tables: nothing between two marks is by hand."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pandas as pd
@@ -143,6 +144,35 @@ def evidence(results: Path) -> str:
     return markdown(rows)
 
 
+ROWS = "6b 6d 6e 6f 6g 6i 9b 4a 2 5e 7b 8b 8d 8e 11".split()  # the claims that the README shows
+
+
+def rows(results: Path) -> str:
+    """One sentence a claim, with its number and verdict on both models."""
+    lines = evidence(results).splitlines()
+    shown = [line for line in lines[2:] if line.split()[1] in ROWS]
+    order = {name: i for i, name in enumerate(ROWS)}
+    shown.sort(key=lambda line: order[line.split()[1]])
+    return "\n".join([*lines[:2], *shown])
+
+
+def lengths(results: Path) -> str:
+    """The gains of the learned table over its rivals, over training tokens, on both models."""
+    form = "{model}, {n_features} features, {seeds} seeds: how much lower with the table.\n\n"
+    parts = []
+    for preset in ("embedded-long", "embedded", "smollm2-long", "smollm2-recipes"):
+        path = results / preset / "gains.csv"
+        model = preset.split("-")[0]
+        if not path.is_file() or any(part.startswith(model) for part in parts):
+            continue
+        about = store.read_json(path.parent / "manifest.json")["gains.csv"]["parameters"]
+        table = store.read_table(path).query("arm == @WITH and metric in ['nmse', 'ce_added']")
+        metrics = dict(nmse="{:.0%}", ce_added="{:.0%}")
+        wide = _wide(table, ["k", "layer", "tokens", "over"], metrics)
+        parts.append(form.format(**about | dict(seeds=len(about["seeds"]))) + wide)
+    return "\n\n".join(parts)
+
+
 def cost(results: Path) -> str:
     """Time of a training step at the benchmark's base size: each trainer, the floor, the ratios."""
     base = store.read_table(results / "bench" / "bench_step.csv").query("cell == 'base'")
@@ -179,19 +209,23 @@ def engine(results: Path) -> str:
     return markdown(rows)
 
 
-# Whose tables the README shows.
-PRESETS = ("embedded", "smollm2", "smollm2-recipes", "smollm2-silent", "smollm2-beyond")
-BLOCKS = dict(sweep=sweep, real=real, silent=silent, recipes=recipes, beyond=beyond,
-              headline=headline, evidence=evidence, cost=cost, engine=engine)
+# Whose tables are shown, and on which page.
+PRESETS = ("embedded", "embedded-long", "smollm2", "smollm2-long", "smollm2-recipes",
+           "smollm2-silent", "smollm2-beyond")
+PAGES = {"README.md": dict(rows=rows),
+         "data/results/README.md": dict(
+             evidence=evidence, lengths=lengths, sweep=sweep, real=real, silent=silent,
+             headline=headline, recipes=recipes, beyond=beyond),
+         "tests/BENCHMARK.md": dict(cost=cost, engine=engine)}
 
 
-def written(text: str, results: Path) -> str:
+def written(text: str, results: Path, blocks: dict[str, Callable[[Path], str]]) -> str:
     """`text` with every block made anew from the tables in `results`. Each must have its place."""
-    for name, make in BLOCKS.items():
+    for name, make in blocks.items():
         before, start, rest = text.partition(f"<!-- {name} -->\n")
         _, end, after = rest.partition(f"<!-- /{name} -->")
         if not start or not end:
-            raise ValueError(f"the README has no place for the table {name!r}: "
+            raise ValueError(f"the page has no place for the table {name!r}: "
                              f"<!-- {name} --> and <!-- /{name} -->")
         try:
             made = make(results)
@@ -202,10 +236,11 @@ def written(text: str, results: Path) -> str:
 
 
 def tie() -> None:
-    """Write the README's tables, and the manifest that ties the figures to the result tables."""
+    """Write the tables of PAGES, and the manifest that ties the figures to the result tables."""
     results, figures = store.DATA / "results", store.ROOT / "figures"
     store.write_json(figures / "manifest.json", dict(
         tables=store.digest(results / "embedded" / "manifest.json"), notebook="05_figures",
         figures={file.name: store.digest(file) for file in figures.glob("*.png")}))
-    page = store.ROOT / "README.md"
-    store.write_text(page, written(page.read_text(encoding="utf-8"), results))
+    for name, blocks in PAGES.items():
+        page = store.ROOT / name
+        store.write_text(page, written(page.read_text(encoding="utf-8"), results, blocks))
