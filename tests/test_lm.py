@@ -201,7 +201,11 @@ def test_sinks_are_neither_patched_nor_counted(tiny):
     changed[counted] = 0
     whole = tiny.nats(TOKENS, 1, residuals=changed)
     assert torch.allclose(nats, whole[counted[:, :-1][tiny.keep(TOKENS)[:, :-1]]], atol=1e-4)
-    assert tiny.tail(TOKENS, 1, limit)(lambda x, t: 0 * x) == pytest.approx(nats.mean().item(), abs=1e-4)
+    tail = tiny.tail(TOKENS, 1, limit)
+    assert tail(lambda x, t: 0 * x) == pytest.approx(nats.mean().item(), abs=1e-4)
+    each = torch.zeros(TOKENS.shape)
+    each[tail.kept] = tail.each(lambda x, t: 0 * x)
+    assert torch.allclose(each[:, :-1][counted[:, :-1]], nats, atol=1e-4), "every position's nats lie at its place"
 
 
 def test_auto_is_bfloat16_where_the_hardware_multiplies_it(model_folder, monkeypatch):

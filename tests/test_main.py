@@ -52,8 +52,10 @@ def test_training_runs_on_a_local_folder_in_hub_format(preset, family, model_fol
 def test_the_gpt2_preset_runs_from_statistics_to_evidence(model_folder, corpus, tmp_path, capsys):
     run("gpt2-small", tmp_path / "run", "01", "02", "03", "04", "05", model=model_folder("gpt2"), corpus=corpus, **SMALL)
     evidence = store.read_table(tmp_path / "run/tables/evidence.csv")
-    assert evidence["claim"].str[:2].str.strip().nunique() == 10, "every claim of the paper has its line"
-    assert capsys.readouterr().out.count("done in") == 5
+    assert evidence["id"].astype(str).str.extract(r"(\d+)")[0].nunique() >= 10, "every claim of the paper has its line"
+    said = capsys.readouterr().out
+    assert said.count("done in") == 5 and "not testable here: no table here" in said
+    assert max(map(len, said.partition("   1  ")[2].splitlines())) <= 80, "the evidence fits a terminal"
 
 
 def test_arms_are_compared_over_training_length(model_folder, corpus, tmp_path):
