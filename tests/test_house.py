@@ -20,7 +20,7 @@ PACKAGE = Path(command.__file__).parent
 # rooms: never one beside it, in the room or in another of the same height.
 ROOMS = {"": 0, "pairs": 1, "scale": 2, "scoring": 2, "browser": 3, "study": 3}
 FLOORS = {
-    "": ("store gpu", "corpus fetch", "kernels baseline text picture formats", "sae lm", "codes evaluate",
+    "": ("store gpu", "corpus fetch", "kernels baseline text picture formats claims", "sae lm", "codes evaluate",
          "features plots train interop readme", "__main__"),
     "pairs": ("extract", "shards", "order", "prepare", "known"),
     "scale": ("checkpoints", "parallel", "sharded passes", "sweep", "__main__"),

@@ -195,7 +195,7 @@ def show_evidence(folder: Path) -> None:
     path = folder / "tables" / "evidence.csv"
     if not path.is_file():
         return
-    for row in store.read_table(path).fillna("").itertuples():
+    for row in store.read_table(path).fillna({"ours": ""}).itertuples():
         mark = " (post hoc)" if row.post_hoc else ""
         print(f"{row.id:>4}  {row.verdict}{mark}: {row.ours or 'no table here'}")
         print(textwrap.indent(textwrap.fill(f"{row.claim} [{row.paper}]", 74), " " * 6))

@@ -130,7 +130,7 @@ def headline(results: Path) -> str:
 def evidence(results: Path) -> str:
     """The claims, each with its verdicts on the models whose tables decide it."""
     paths = {preset: results / preset / "evidence.csv" for preset in ("embedded", "smollm2")}
-    found = {preset: store.read_table(path).fillna("").set_index("id")
+    found = {preset: store.read_table(path).fillna({"ours": "", "paper": ""}).set_index("id")
              for preset, path in paths.items() if path.is_file()}
     rows = []
     for name, claim in found["embedded"].iterrows():
