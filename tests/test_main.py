@@ -66,7 +66,7 @@ def test_arms_are_compared_over_training_length(model_folder, corpus, tmp_path):
     assert set(main["over"]) > {"without table", "frozen token mean", "bigrams"} and set(main["tokens"]) == {2000, 6000}
     assert (main["low"] <= main["value"]).all() and (main["value"] <= main["high"]).all()
     runs = store.read_table(tmp_path / "run/tables/length_runs.csv").groupby("arm")["parameters"].first()
-    assert runs["no table, as many parameters"] == pytest.approx(runs["with table"], rel=0.01)
+    assert runs["no table, as many parameters"] == pytest.approx(runs["with table"], rel=0.03)  # and biases
     tried = store.read_table(tmp_path / "run/tables/length_rates.csv")
     assert len(tried) == 10 * 2 * 2, "every arm is tuned over the same grid"
 
