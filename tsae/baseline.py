@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn.functional import embedding, embedding_bag
 
 WITHOUT, WITH, FROZEN = "without table", "with table", "frozen token mean"
+UNTRAINED = "untrained"  # an SAE without a table as it starts: random directions
 NAMES = {"none": WITHOUT, "learned": WITH}  # of a `lookup`, in result tables and figures
 
 

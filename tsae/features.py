@@ -26,17 +26,23 @@ class Response:
     best: np.ndarray
 
 
-def respond(sae: SAE, x: torch.Tensor, t: torch.Tensor, thresholds: list[float],
+def respond(sae: SAE, x: torch.Tensor, t: torch.Tensor, thresholds: list[float | np.ndarray],
             top: int = 10) -> Response:
     """Feed m isolated inputs: activations x (m, d) raw with last tokens t (m,).
 
-    Thresholds are in units of the SAE's scale.
+    Thresholds are in units of the SAE's scale: one for all features, or one for each (n,).
     """
     codes = encoded(sae, x, t)
     feature = np.repeat(np.arange(sae.n), np.diff(codes.indptr))
-    above = [np.bincount(feature[codes.data > threshold], minlength=sae.n)
-             for threshold in thresholds]
+    bars = [np.broadcast_to(threshold, sae.n)[feature] for threshold in thresholds]
+    above = [np.bincount(feature[codes.data > bar], minlength=sae.n) for bar in bars]
     return Response(np.stack(above), strongest(codes, top)[0])
+
+
+def mean_codes(codes: csc_array) -> np.ndarray:
+    """Each feature's mean code over its firings (n,); inf for a feature that never fires."""
+    counts = np.diff(codes.indptr)
+    return np.where(counts, codes.sum(0) / np.maximum(counts, 1), np.inf)
 
 
 @dataclass

@@ -10,7 +10,7 @@ import plotly.graph_objects as go
 import plotly.io as pio
 from IPython.display import display
 
-from tsae.baseline import FROZEN, WITH, WITHOUT
+from tsae.baseline import FROZEN, UNTRAINED, WITH, WITHOUT
 from tsae.picture import HEIGHT, WIDTH, picture, write_picture
 
 COLOURS = {WITHOUT: "#6b7a8f", WITH: "#d9541e", FROZEN: "#2b6cb0"}
@@ -146,15 +146,14 @@ def unigram_activations(table: pd.DataFrame, token: str) -> go.Figure:
 
 
 def shares(table: pd.DataFrame) -> go.Figure:
-    """Columns sae, inputs, metric (of `labels`), value: the paper's result 5."""
-    labels = {"answering": "answer to one", "top_is_top": "of these: same<br>top token",
-              "any_shared": "of these: share<br>a top token"}
-    drawn = table.assign(measure=table["metric"].map(labels)).dropna(subset="measure")
-    figure = px.bar(drawn, "measure", "value", "inputs", facet_col="sae", barmode="group",
-                    text_auto=".0%")
-    figure.update_traces(textangle=0, textposition="outside", textfont_size=12, cliponaxis=False)
-    figure.update_yaxes(range=[0, 1.08], tickformat=".0%", matches=None)
-    return _titled(figure, "Share of features that n-grams activate", " ", "share", width=1000)
+    """Columns sae, inputs, bar, metric, value, low, high: the paper's results 5 and 7."""
+    drawn = table[table["metric"] == "answering"]
+    figure = px.bar(drawn, "bar", "value", "sae", facet_col="inputs", barmode="group",
+                    color_discrete_map=COLOURS | {UNTRAINED: "#c9ced6"}, **_error_bars(drawn))
+    figure.update_yaxes(range=[0, 1.02], tickformat=".0%")
+    title = "Share of live features that some input, fed alone, drives above a bar"
+    return _titled(figure, title, " ", "share of live features", width=940,
+                   legend=dict(orientation="h", y=-0.3, yanchor="top"))
 
 
 def pareto(table: pd.DataFrame, title: str = "Error by sparsity, by kind of SAE") -> go.Figure:
