@@ -226,3 +226,13 @@ def test_a_ratio_of_two_arms_keeps_what_documents_share():
     value, low, high = evaluate.resampled(lambda a, b: 1 - a / b, 0.8 * other, other)
     assert (value, low, high) == pytest.approx((0.2, 0.2, 0.2), abs=1e-9), "hard documents are hard for both"
     assert np.isnan(evaluate.resampled(lambda a, b: a / b, other[:1], other[:1])[1:]).all(), "one seed has no interval"
+
+
+def test_the_lowest_place_and_its_interval():
+    generator = np.random.default_rng(0)
+    table = pd.DataFrame([dict(layer=layer, row=row, value=generator.normal(layer, 1)) for layer in (2, 1, 3)
+                          for row in range(100) for _ in range(2)])
+    found = evaluate.lowest(table, "value", ["layer"], "row")
+    assert found["layer"] == 1 and found["runs"] == 100
+    assert found["value"] == pytest.approx(table[table["layer"] == 1]["value"].mean())
+    assert (found["high"] - found["low"]) / 2 == pytest.approx(1.96 / 200**0.5, rel=0.15)

@@ -213,3 +213,35 @@ def test_auto_is_bfloat16_where_the_hardware_multiplies_it(model_folder, monkeyp
     for able in (True, False):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda able=able: dict(avx512_bf16=able))
         assert lms.load(folder, device="cpu", dtype="auto").model.dtype == (torch.bfloat16 if able else torch.float32)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "llama"])
+def test_a_suffix_can_stand_where_it_stands_in_its_row(family):
+    """Against the model called directly; with learned positions, against one whose rows of them were moved."""
+    lm = lms.LM(tiny_network(family), byte_tokenizer(), family)
+    at = torch.arange(TOKENS.shape[1]).expand(TOKENS.shape)
+    assert torch.equal(lm.residuals(TOKENS, [2])[2], lm.residuals(TOKENS, [2], at)[2]), "0 .. T - 1 is what it does anyway"
+    grams, ends = TOKENS[:, 3:5], torch.tensor([7, 9, 20])
+    rows = torch.cat([torch.full((3, 1), lm.bos), grams], 1)
+    places = torch.stack([torch.zeros(3, dtype=torch.long), ends - 1, ends], 1)
+    with torch.no_grad():
+        states = lm.model(input_ids=rows, position_ids=places, attention_mask=torch.ones_like(rows), use_cache=False,
+                          output_hidden_states=True).hidden_states[2][:, -1].float()
+    states = states - states.mean(-1, keepdim=True) if lm.centred else states
+    moved = lm.last(grams, [2], ends=ends)[2]
+    assert torch.allclose(moved, states, atol=1e-5) and not torch.allclose(moved, lm.last(grams, [2])[2], atol=1e-3)
+    changed = grams.clone()
+    changed[:, 0] = (changed[:, 0] + 1) % 200
+    assert not torch.allclose(lm.last(changed, [2], ends=ends)[2], moved, atol=1e-3), "the last token sees the one before"
+    if family == "gpt2":
+        for row, end in enumerate(ends):
+            other = lms.LM(tiny_network(family), byte_tokenizer(), family)
+            other.model.transformer.wpe.weight.data[1:3] = lm.model.transformer.wpe.weight.data[end - 1:end + 1]
+            assert torch.allclose(other.last(grams[row:row + 1], [2])[2], moved[row:row + 1], atol=1e-5)
+
+
+def test_a_model_that_cannot_be_told_of_positions_says_so():
+    lm = lms.LM(random_network("bloom"), byte_tokenizer(), "bloom")
+    assert not lm.takes_positions
+    with pytest.raises(ValueError, match="bloom cannot be told at which positions tokens stand"):
+        lm.last(TOKENS[:, :2], [1], ends=torch.tensor([7, 7, 7]))

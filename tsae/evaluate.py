@@ -85,6 +85,23 @@ def resampled(statistic: Callable, *sums: np.ndarray, draws: int = 2000, seed: i
     return value, min(low, value - (mean - least)), max(high, value + (most - mean))
 
 
+def lowest(table: pd.DataFrame, value: str, place: list[str], unit: str, draws: int = 1000,
+           seed: int = 0) -> dict:
+    """The lowest mean of a column over places (their columns), with its 95 % interval.
+
+    The interval is of that place's mean, over units (a column, such as rows of text) drawn anew.
+    The place is chosen once, from all units. Returns its columns, value, low, high, runs.
+    """
+    means = table.groupby(place)[value].mean()
+    where = np.atleast_1d(means.idxmin())
+    here = table[(table[place] == where).all(axis=1)]
+    sums = here.groupby(unit)[value].agg(["sum", "count"]).to_numpy()
+    units, generator = len(sums), np.random.default_rng(seed)
+    drawn = generator.multinomial(units, [1 / units] * units, draws) @ sums
+    low, high = np.quantile(drawn[:, 0] / drawn[:, 1], [0.025, 0.975])
+    return dict(zip(place, where)) | dict(value=means.min(), low=low, high=high, runs=units)
+
+
 def tokens_to_reach(tokens: Iterable[float], values: Iterable[float], target: float) -> float:
     """Tokens at which a falling curve reaches `target`, log-linear between points; nan if never."""
     tokens, values = np.asarray(list(tokens), float), np.asarray(list(values), float)

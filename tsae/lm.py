@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from inspect import signature
 
 import pandas as pd
 import torch
@@ -184,22 +185,45 @@ class LM:
         kept[:, 0] = False
         return kept if x is None else kept & (x.norm(dim=-1) <= limit)
 
+    @property
+    def takes_positions(self) -> bool:
+        """Whether the model can be told at which positions tokens stand."""
+        return "position_ids" in signature(self.model.forward).parameters
+
     @torch.no_grad()
-    def residuals(self, tokens: torch.Tensor, layers: Sequence[int]) -> dict[int, torch.Tensor]:
-        """{layer: x (b, T, d) float32} of token ids (b, T), in a pass up to the last layer."""
-        tokens, saved = self._checked(tokens, layers), {}
-        with self.traced.trace(input_ids=tokens, use_cache=False) as tracer:
+    def residuals(self, tokens: torch.Tensor, layers: Sequence[int],
+                  positions: torch.Tensor | None = None) -> dict[int, torch.Tensor]:
+        """{layer: x (b, T, d) float32} of token ids (b, T), in a pass up to the last layer.
+
+        `positions` (b, T): where the tokens stand, if not at 0 .. T - 1. Raises ValueError for a
+        model that cannot be told.
+        """
+        tokens, saved, told = self._checked(tokens, layers), {}, {}
+        if positions is not None:
+            if not self.takes_positions:
+                raise ValueError(f"{self.name} cannot be told at which positions tokens stand: "
+                                 "leave `positions` out")
+            # With a mask: without one, a jump of the positions is read as the start of a new text.
+            told = dict(position_ids=positions.to(tokens), attention_mask=torch.ones_like(tokens))
+        with self.traced.trace(input_ids=tokens, use_cache=False, **told) as tracer:
             for layer in sorted(set(layers)):
                 saved[layer] = self.blocks[layer].input.save()
             tracer.stop()
         return {layer: self._centre(x.float()) for layer, x in saved.items()}
 
-    def last(self, grams: torch.Tensor, layers: Sequence[int],
-             batch: int = 4096) -> dict[int, torch.Tensor]:
-        """Residuals at the last token of `[BOS, *gram]`: {layer: (b, d)} for token ids (b, n)."""
+    def last(self, grams: torch.Tensor, layers: Sequence[int], batch: int = 4096,
+             ends: torch.Tensor | None = None) -> dict[int, torch.Tensor]:
+        """Residuals at the last token of `[BOS, *gram]`: {layer: (b, d)} for token ids (b, n).
+
+        `ends` (b,): the position of each gram's last token, where it is not n; BOS stays at 0.
+        """
         rows = torch.cat([torch.full((len(grams), 1), self.bos).to(grams), grams], dim=1)
-        parts = [{layer: x[:, -1].clone() for layer, x in self.residuals(part, layers).items()}
-                 for part in _progress(rows.split(batch), "n-grams")]
+        places = [None] * -(-len(rows) // batch)
+        if ends is not None:
+            back = torch.arange(grams.shape[1] - 1, -1, -1)
+            places = torch.cat([0 * ends[:, None], ends[:, None] - back], dim=1).split(batch)
+        parts = [{layer: x[:, -1].clone() for layer, x in self.residuals(part, layers, at).items()}
+                 for part, at in _progress(list(zip(rows.split(batch), places)), "n-grams")]
         return {layer: torch.cat([part[layer] for part in parts]) for layer in layers}
 
     def unigrams(self, layer: int) -> torch.Tensor:

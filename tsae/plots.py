@@ -109,7 +109,7 @@ def token_share(table: pd.DataFrame) -> go.Figure:
                    "layer (resid_pre)", "share of variance explained (R²)")
 
 
-def suffix_cosine(table: pd.DataFrame) -> go.Figure:
+def suffix_cosine(table: pd.DataFrame, where: str = "") -> go.Figure:
     """Columns n, layer, position, cosine: one heat map for each n (the paper's Fig. 5)."""
     grid = table.pivot(index=["n", "layer"], columns="position", values="cosine")
     figure = px.imshow(np.stack([grid.loc[n] for n in (1, 2, 3)]), x=grid.columns, facet_col=0,
@@ -118,8 +118,8 @@ def suffix_cosine(table: pd.DataFrame) -> go.Figure:
     for heading, last in zip(figure.layout.annotations, ("token", "2", "3")):
         heading.text = f"BOS + last {last}"
     bar = dict(title="cosine", tickvals=[0.4, 0.6, 0.8, 1], ticktext=["0.4 or less", 0.6, 0.8, 1])
-    return _titled(figure, "Cosine of the activation to that of BOS and the last n tokens alone",
-                   "position", "layer", width=1000, height=380, coloraxis_colorbar=bar)
+    return _titled(figure, f"Cosine of the activation to that of BOS and the last n tokens{where}",
+                   "position", "layer", width=940, height=380, coloraxis_colorbar=bar)
 
 
 def gram_counts(table: pd.DataFrame) -> go.Figure:
