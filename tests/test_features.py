@@ -8,6 +8,7 @@ from conftest import byte_tokenizer
 from scipy.sparse import csc_array
 
 from tsae import features
+from tsae.codes import encoded
 from tsae.sae import SAE
 
 VOCABULARY = 12
@@ -43,6 +44,35 @@ def test_scan_equals_a_naive_loop(planted):
         assert scanned.best[feature].tolist() == best + [-1] * (5 - len(best))
         assert np.allclose(scanned.best_code[feature], [codes[position, feature] for position in best] + [0] * (5 - len(best)))
     assert (scanned.best[3] == -1).all() and (t[scanned.best[0]] == 3).all()
+
+
+def test_a_bar_of_its_own_for_each_feature(planted):
+    """Feature 0 is strong on token 3 and weak on token 7: fed alone, token 7 drives it above 0 only."""
+    x, t = text(torch.Generator().manual_seed(3), 400)
+    mean = features.mean_codes(encoded(planted, x, t))
+    codes = planted.encode(x).detach().numpy()
+    for feature in range(4):
+        fired = codes[codes[:, feature] > 0, feature]
+        assert mean[feature] == (pytest.approx(fired.mean(), rel=1e-5) if len(fired) else np.inf)
+    alone, last = torch.tensor([[1.99, 0, 0, -1], [0.5, 0, 0, -1.0], [1.01, 0, 0, -1.0]]), torch.tensor([3, 7, 8])
+    response = features.respond(planted, alone, last, [0.0, mean / 2, mean])
+    assert response.above[:, 0].tolist() == [3, 2, 0] and response.above[:, 3].tolist() == [0, 0, 0]
+
+
+def test_own_bars_do_not_depend_on_the_size_of_codes(planted):
+    x, t = text(torch.Generator().manual_seed(3), 400)
+    larger = SAE(4, 4, "relu")
+    with torch.no_grad():
+        larger.W_enc.copy_(3 * torch.eye(4))
+        larger.W_dec.copy_(torch.eye(4))
+
+    def answers(sae: SAE) -> list:
+        mean = features.mean_codes(encoded(sae, x, t))
+        return features.respond(sae, x[:50], t[:50], [1.5, 0.0, mean / 2, mean]).above.tolist()
+
+    absolute, *own = answers(planted)
+    other, *same = answers(larger)
+    assert own == same and absolute != other
 
 
 def test_respond_counts_inputs_over_each_threshold(planted):
