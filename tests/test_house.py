@@ -24,7 +24,7 @@ FLOORS = {
          "features plots train interop readme", "__main__"),
     "pairs": ("extract", "shards", "order", "prepare", "known"),
     "scale": ("checkpoints", "parallel", "sharded passes", "sweep", "__main__"),
-    "scoring": ("heldout", "ladder tokens rules effects dictionary compare judge", "table scores"),
+    "scoring": ("heldout", "ladder tokens rules effects dictionary compare judge nulls", "table scores"),
     "browser": ("gather", "pages"),
     "study": ("agreement", "form"),
 }
