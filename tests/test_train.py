@@ -229,3 +229,10 @@ def test_a_bias_that_is_not_a_number_is_named_at_once(activation, quick):
     sae.b_enc.data[3] = float("nan")
     with pytest.raises(FloatingPointError, match="after 0 tokens"):
         train.fit(sae, iter([(x, t)] * 20), 2000, quick=quick)
+
+
+@pytest.mark.parametrize("recipe, scale", [("ours", 0.5), ("code", 1.0), ("text", 1.0)])
+def test_without_a_table_the_encoder_starts_as_the_recipe_says(recipe, scale):
+    stats = dict(mean=torch.zeros(6), scale=torch.tensor(2.0), count=torch.ones(9), sum=torch.zeros(9, 6))
+    sae = train.build(stats, torch.zeros(9, 6), train.RECIPES[recipe], "topk", 12, 2, "none", 0)
+    assert torch.equal(sae.W_enc, scale * sae.W_dec)

@@ -103,7 +103,7 @@ def test_trained_saes_are_those_of_their_version(activation):
 @pytest.mark.filterwarnings("ignore:the loss of .* jumps:RuntimeWarning")
 @pytest.mark.parametrize("name, changes", {
     "quick": dict(quick=True), "rest": dict(encoder_sees="rest"), "mean": dict(start="mean", table_scale=1.0),
-    "frozen": dict(lookup="frozen"), "none": dict(lookup="none"), "spike": dict(spike=30.0)}.items())
+    "frozen": dict(lookup="frozen"), "none": dict(lookup="none", plain_scale=1.0), "spike": dict(spike=30.0)}.items())
 def test_ways_of_training_are_those_of_their_version(name, changes):
     own = {key: changes[key] for key in ("quick", "lookup", "spike") if key in changes}
     recipe = train.RECIPES["ours"] | {key: value for key, value in changes.items() if key not in own}

@@ -253,15 +253,16 @@ def fit(sae: SAE, pairs: Iterator[Pair], tokens: int, quick: bool = False, **how
 # How a run starts and learns. "text" and "code" are the paper's two recipes; in "ours" the table
 # starts at the token's shrunk mean, and the encoder sees what the table leaves (the README says
 # why). Rates are in units of the activation scale; table_lr 0 is the common rate (see `learning`).
-# Without a table the encoder starts at W_dec.
+# Without a table the encoder starts at plain_scale x W_dec: a half is better there too.
 _CODE = dict(start="unigram", table_scale=0.5, encoder="transpose", encoder_scale=0.5,
-             encoder_sees="full", table_lr=1e-2, schedule="cosine", last_lr=0.3, aux_weight=0.0,
-             aux_lookup=False)
+             plain_scale=1.0, encoder_sees="full", table_lr=1e-2, schedule="cosine", last_lr=0.3,
+             aux_weight=0.0, aux_lookup=False)
 RECIPES = {
     "code": _CODE,
     "text": _CODE | dict(table_scale=1.0, encoder="kaiming", table_lr=0.0, last_lr=0.0),
     "ours": _CODE | dict(start="mean", table_scale=1.0, encoder_sees="rest", table_lr=3e-2,
-                         schedule="decay", last_lr=0.0, aux_weight=0.25, aux_lookup=True),
+                         plain_scale=0.5, schedule="decay", last_lr=0.0, aux_weight=0.25,
+                         aux_lookup=True),
 }
 
 
@@ -287,7 +288,7 @@ def build(stats: dict[str, torch.Tensor], unigrams: torch.Tensor, recipe: dict, 
               stats["scale"].item(), recipe["aux_lookup"], baseline=copy.deepcopy(known),
               limit=_finite(stats.get("limit"))).to(unigrams.device)
     if lookup == "none" and known is None:
-        return sae.start(stats["mean"], seed=seed)
+        return sae.start(stats["mean"], None, 1.0, recipe["plain_scale"], seed=seed)
     if known is not None:
         mean = stats["mean"] - known.mean * stats["scale"]
         return sae.start(mean, None, 1.0, recipe["encoder_scale"], recipe["encoder"], seed)

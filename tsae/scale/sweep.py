@@ -90,6 +90,8 @@ class _Job:
                            checks=checks, seed=seed)
         self.settings = self.shape | self.length | dict(lr=lr, quick=quick)
         self.named = self.settings | self.recipe | data.identity | dict(trained=train.VERSION)
+        if lookup != "none" or known is not None:
+            del self.named["plain_scale"]  # it is of SAEs without a table
         vocabulary, d_model = data.unigrams.shape
         rows = 0 if lookup == "none" else vocabulary
         if known is not None:
@@ -126,7 +128,7 @@ def _index(folder: Path) -> None:
         if known := settings.pop("known", {}):
             settings["lookup"] = known["kind"]
         recipe = next((name for name, parts in train.RECIPES.items()
-                       if parts.items() <= settings.items()), "other")
+                       if parts.items() <= (parts | settings).items()), "other")
         own = dict(name=history.parent.name, recipe=recipe)
         rows.append(own | settings | dict(last.iloc[-1][["l0", "nmse", "dead"]]))
     if rows:
