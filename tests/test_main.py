@@ -58,6 +58,11 @@ def test_the_gpt2_preset_runs_from_statistics_to_evidence(model_folder, corpus, 
     assert max(map(len, said.partition("   1  ")[2].splitlines())) <= 80, "the evidence fits a terminal"
 
 
+def test_the_tour_runs_on_any_model(model_folder, corpus, tmp_path, capsys):
+    run("embedded", tmp_path / "run", "00", model=model_folder("gpt2"), corpus=corpus, **SMALL)
+    assert "00_tour  done in" in capsys.readouterr().out
+
+
 def test_arms_are_compared_over_training_length(model_folder, corpus, tmp_path):
     sizes = SMALL | dict(main_ks="[2,4]", lengths="[2000,6000]", rates="[0.001,0.003]", bigram_rows=20)
     run("embedded", tmp_path / "run", "07", model=model_folder("llama"), corpus=corpus, **sizes)

@@ -92,6 +92,13 @@ def loss_curve(table: pd.DataFrame) -> go.Figure:
     return _titled(figure, "Cross-entropy of the embedded model", "optimiser step", "nats a token")
 
 
+def training(table: pd.DataFrame) -> go.Figure:
+    """Columns tokens, nmse, table: the error of SAEs while they train."""
+    figure = _lines(table, "tokens", "nmse", log_y=True)
+    figure.update_yaxes(_log_ticks(table["nmse"]))
+    return _titled(figure, "Error on the batch, by training tokens", "training tokens", "nmse")
+
+
 def norms(table: pd.DataFrame) -> go.Figure:
     """Columns position, layer, norm."""
     drawn = table.assign(layer="layer " + table["layer"].astype(str))
