@@ -33,6 +33,12 @@ def keep_memory() -> None:
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the heap is not given back
 
 
+def _give_back() -> None:
+    """Give back memory that `keep_memory` kept: over many SAEs of many sizes it would add up."""
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)
+
+
 def sweep(folder: Path, data: Data, jobs: list[dict], memory_gb: float = 4.0,
           checkpoint_every_s: float = 60.0) -> list[Path]:
     """Train the SAEs of `jobs` that are not in `folder` yet; returns where each lies, in order.
@@ -67,6 +73,7 @@ def trained(folder: Path, data: Data, **job) -> tuple[SAE, pd.DataFrame]:
     entry of RECIPES, of which any other argument overrides a part (the ablations).
     """
     place = sweep(folder, data, [job])[0]
+    _give_back()
     return SAE.load(place).to(data.unigrams.device), pd.read_csv(place / "history.csv")
 
 
