@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from tsae import store
+from tsae import claims, store
 from tsae.baseline import FROZEN, WITH, WITHOUT
 
 KINDS = {"topk": "TopK", "relu": "ReLU", "gated": "Gated", "jumprelu": "JumpReLU"}
@@ -127,19 +127,26 @@ def headline(results: Path) -> str:
         for name, table, form, what in kinds for _, row in table.iterrows()])
 
 
+MODELS = {"embedded": ("embedded-long", "embedded"), "SmolLM2": ("smollm2-long", "smollm2")}
+
+
 def evidence(results: Path) -> str:
-    """The claims, each with its verdicts on the models whose tables decide it."""
-    paths = {preset: results / preset / "evidence.csv" for preset in ("embedded", "smollm2")}
-    found = {preset: store.read_table(path).fillna({"ours": "", "paper": ""}).set_index("id")
-             for preset, path in paths.items() if path.is_file()}
+    """The claims, each with its verdict on either model: by its long run where that decides it."""
+    lines, found = claims.read(), {}
+    for model, presets in MODELS.items():
+        tables = [claims.held(lines, results / name).set_index("id") for name in presets]
+        for name in lines["id"]:
+            rows = [table.loc[name] for table in tables]
+            tested = [row for row in rows if row["verdict"] != claims.UNTESTED]
+            found[model, name] = (tested or rows)[0]
     rows = []
-    for name, claim in found["embedded"].iterrows():
-        row = {"claim": f"{name} {claim['claim']}", "paper": claim["paper"],
-               "criterion": claim["criterion"]}
-        for preset, table in found.items():
-            mark = ", post hoc" * bool(table.loc[name, "post_hoc"])
-            ours, verdict = table.loc[name, ["ours", "verdict"]]
-            row[preset] = f"{ours} **{verdict}**{mark}".strip()
+    for line in lines.itertuples():
+        row = {"claim": f"{line.id} {line.claim}", "paper": line.published,
+               "criterion": claims.criterion(line)}
+        for model in MODELS:
+            its = found[model, line.id]
+            mark = ", post hoc" if its["post_hoc"] else ""
+            row[model] = f"{its['ours']} **{its['verdict']}**{mark}".strip()
         rows.append(row)
     return markdown(rows)
 
@@ -148,7 +155,7 @@ ROWS = "6b 6d 6e 6f 6g 6i 9b 4a 2 5e 7b 8b 8d 8e 11".split()  # the claims that 
 
 
 def rows(results: Path) -> str:
-    """One sentence a claim, with its number and verdict on both models."""
+    """The claims that the README shows, in its order."""
     lines = evidence(results).splitlines()
     shown = [line for line in lines[2:] if line.split()[1] in ROWS]
     order = {name: i for i, name in enumerate(ROWS)}
