@@ -1,8 +1,8 @@
 """Published numbers once more, by other means: python -m tests.recompute [run folder].
 
-From the weights of the language model and of the SAEs that a run of the default preset kept: loops over positions in float64, the
-equations as the paper has them, nothing of tsae but the rows of text. Compares with data/results/embedded/sweep.csv, to 1 %: the
-published numbers come from activations stored in bfloat16.
+From the weights of the language model and of the SAEs that a run of the default preset kept: loops over positions in
+float64, the equations as the paper has them, nothing of tsae but the rows of text. Compares with
+data/results/embedded/sweep.csv, to 1 %: the published numbers come from activations stored in bfloat16.
 """
 
 import csv
