@@ -152,6 +152,10 @@ def test_notebooks_are_clean_runs(path):
         lines = cell.source.splitlines()
         assert len(lines) <= 16 or cell in tagged, lines[0]
         assert max(map(len, lines)) <= 120 and "sys.path" not in cell.source
+    kinds = [cell.cell_type for cell in notebook.cells]
+    assert all(above == "markdown" for above, kind in zip([None, *kinds], kinds) if kind == "code"), "a sentence above each"
+    outputs = [output for cell in cells for output in cell.outputs]
+    assert not any(output.get("name") == "stderr" for output in outputs), "no remains of progress bars"
     assert cells[-1].source.startswith("# check\n") and "assert" in cells[-1].source
     assert path.stat().st_size < 2e6
 
