@@ -137,7 +137,7 @@ def test_a_raised_version_and_another_corpus_run_a_notebook_again(tmp_path, monk
     assert ran() and not ran()
     assert command.corpora(dict(corpus=str(corpus))) == [str(corpus)]
     assert command.corpora(dict(corpus=f"{corpus} + sotu")) == [str(corpus), "sotu"]
-    known = command.versions()
+    known = store.versions()
     assert {"fetch.py", "lm.py", "train.py", "text.py", "__main__.py", "pairs/prepare.py", "pairs/shards.py"} == set(known)
     for name in known:
         monkeypatch.setattr(command, "versions", lambda name=name: known | {name: "99"})

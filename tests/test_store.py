@@ -148,3 +148,17 @@ def test_a_table_that_is_not_made_any_more_leaves_with_its_line(tmp_path):
     store.no_result(tmp_path, "a", "never made")
     assert sorted(path.name for path in (tmp_path / "tables").iterdir()) == ["b.csv", "manifest.json"]
     assert set(store.read_json(tmp_path / "tables/manifest.json")) == {"b.csv"}
+
+
+def test_a_row_is_made_once_for_its_inputs_and_versions(tmp_path, monkeypatch):
+    made = []
+
+    def row() -> dict:
+        made.append(1)
+        return dict(a=len(made), b=float("nan"))
+
+    first, again = (store.once(tmp_path, row, sae="x", rows=3) for _ in range(2))
+    assert first["a"] == again["a"] == 1 and len(made) == 1
+    assert store.once(tmp_path, row, sae="y", rows=3)["a"] == 2
+    monkeypatch.setattr(store, "versions", lambda: {"evaluate.py": "99"})
+    assert store.once(tmp_path, row, sae="x", rows=3)["a"] == 3, "other code, another row"

