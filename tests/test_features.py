@@ -1,5 +1,7 @@
 """Oracles: planted features that must be found where they were put, and naive loops."""
 
+import copy
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -46,33 +48,83 @@ def test_scan_equals_a_naive_loop(planted):
     assert (scanned.best[3] == -1).all() and (t[scanned.best[0]] == 3).all()
 
 
-def test_a_bar_of_its_own_for_each_feature(planted):
-    """Feature 0 is strong on token 3 and weak on token 7: fed alone, token 7 drives it above 0 only."""
+def test_a_bar_for_each_feature_equals_a_naive_loop():
+    generator, random = torch.Generator().manual_seed(4), np.random.default_rng(4)
+    sae = SAE(4, 16, "topk", 3).start(torch.zeros(4), seed=4).eval()
+    x = torch.randn(60, 4, generator=generator)
+    bars = random.random(16)
+    bars[5] = np.inf
+    response = features.respond(sae, x, torch.zeros(60, dtype=torch.long), [0.4, bars])
+    codes = sae.encode(x).detach().numpy()
+    for feature in range(16):
+        for bar, above in zip((0.4, bars[feature]), response.above):
+            assert above[feature] == sum(codes[i, feature] > bar for i in range(60))
+    assert response.above[0, 5] > 0 and response.above[1, 5] == 0 and response.above[1].sum() > 20
+
+
+def test_mean_codes_equal_a_naive_loop(planted):
     x, t = text(torch.Generator().manual_seed(3), 400)
-    mean = features.mean_codes(encoded(planted, x, t))
-    codes = planted.encode(x).detach().numpy()
+    found, codes = features.mean_codes(encoded(planted, x, t)), planted.encode(x).detach().numpy()
     for feature in range(4):
-        fired = codes[codes[:, feature] > 0, feature]
-        assert mean[feature] == (pytest.approx(fired.mean(), rel=1e-5) if len(fired) else np.inf)
-    alone, last = torch.tensor([[1.99, 0, 0, -1], [0.5, 0, 0, -1.0], [1.01, 0, 0, -1.0]]), torch.tensor([3, 7, 8])
-    response = features.respond(planted, alone, last, [0.0, mean / 2, mean])
-    assert response.above[:, 0].tolist() == [3, 2, 0] and response.above[:, 3].tolist() == [0, 0, 0]
+        fired = [code for code in codes[:, feature] if code > 0]
+        assert found[feature] == (pytest.approx(np.mean(fired), rel=1e-6) if fired else np.inf)
+    assert (features.scan(planted, x, t).mean == found).all() and np.isinf(found[3])
+
+
+def bars_of(scanned: features.Scan) -> list:
+    """The bars of notebook 02: absolute, any firing, half of a feature's mean on text, its mean."""
+    return [1.5, 0.0, scanned.mean / 2, scanned.mean]
+
+
+def test_a_feature_of_one_token_answers_to_no_other(planted):
+    """On text feature 0 is strong on token 3 and now and then weak on token 7; feature 3 is silent there."""
+    t = torch.tensor([3] * 8 + [7] * 2 + [1] * 10)
+    x = torch.zeros(20, 4)
+    x[:8, 0], x[8:10, 0] = 2.0, 0.25
+    scanned = features.scan(planted, x, t)
+    strong, weak = torch.tensor([[2.0, 0, 0, 9.0]]), torch.tensor([[0.25, 0, 0, 9.0]])
+    for alone, token, answers in ((strong, 3, [1, 1, 1, 1]), (weak, 7, [0, 1, 0, 0])):
+        last = torch.tensor([token])
+        response = features.respond(planted, alone, last, bars_of(scanned))
+        assert response.above[:, 0].tolist() == answers and response.above[:, 3].tolist() == [1, 1, 0, 0]
+        for which, answer in enumerate(answers):  # feature 3 is not live: it counts at no bar
+            found = features.overlap(response, scanned, last.numpy(), t.numpy(), which)
+            assert (found["live"], found["answering"]) == (1, answer)
 
 
 def test_own_bars_do_not_depend_on_the_size_of_codes(planted):
+    """The same SAE with feature 2's encoder row 4 times as long and its decoder row a quarter."""
     x, t = text(torch.Generator().manual_seed(3), 400)
-    larger = SAE(4, 4, "relu")
+    larger = copy.deepcopy(planted)
     with torch.no_grad():
-        larger.W_enc.copy_(3 * torch.eye(4))
-        larger.W_dec.copy_(torch.eye(4))
+        larger.W_enc[2] *= 4
+        larger.W_dec[2] /= 4
+    assert torch.equal(larger(x, t), planted(x, t))
+    first, second = (features.respond(sae, x[:50], t[:50], bars_of(features.scan(sae, x, t))).above
+                     for sae in (planted, larger))
+    assert (first[1:] == second[1:]).all() and 0 < first[3, 2] < first[2, 2] < first[1, 2]
+    assert first[0, 2] == 0 < second[0, 2], "no code of a feature that draws from [0, 1] is above 1.5"
 
-    def answers(sae: SAE) -> list:
-        mean = features.mean_codes(encoded(sae, x, t))
-        return features.respond(sae, x[:50], t[:50], [1.5, 0.0, mean / 2, mean]).above.tolist()
 
-    absolute, *own = answers(planted)
-    other, *same = answers(larger)
-    assert own == same and absolute != other
+def test_overlap_equals_a_naive_loop():
+    generator, random = torch.Generator().manual_seed(5), np.random.default_rng(5)
+    sae = SAE(4, 32, "topk", 2).start(torch.zeros(4), seed=5).eval()
+    x, alone = torch.randn(25, 4, generator=generator), torch.randn(30, 4, generator=generator)
+    t, last = random.integers(0, 5, 25), random.integers(0, 5, 30)
+    scanned = features.scan(sae, x, torch.from_numpy(t))
+    response = features.respond(sae, alone, torch.from_numpy(last), bars_of(scanned))
+    for which in range(4):
+        live, same, shared = 0, [], []
+        for feature in range(32):
+            seen = [t[position] for position in scanned.best[feature] if position >= 0][:10]
+            live += bool(seen)
+            if seen and response.above[which, feature] > 0:
+                inputs = [last[i] for i in response.best[feature] if i >= 0]
+                same.append(inputs[0] == seen[0])
+                shared.append(bool(set(inputs) & set(seen)))
+        found = features.overlap(response, scanned, last, t, which)
+        assert found == dict(live=live, answering=len(same) / live, top_is_top=np.mean(same), any_shared=np.mean(shared))
+        assert 0 < np.mean(same) < np.mean(shared) < 1 and live < 32
 
 
 def test_respond_counts_inputs_over_each_threshold(planted):

@@ -41,25 +41,30 @@ def respond(sae: SAE, x: torch.Tensor, t: torch.Tensor, thresholds: list[float |
 
 def mean_codes(codes: csc_array) -> np.ndarray:
     """Each feature's mean code over its firings (n,); inf for a feature that never fires."""
+    _, feature, code = firings(codes)
     counts = np.diff(codes.indptr)
-    return np.where(counts, codes.sum(0) / np.maximum(counts, 1), np.inf)
+    sums = np.bincount(feature, code, codes.shape[1])
+    return np.where(counts, sums / np.maximum(counts, 1), np.inf)
 
 
 @dataclass
 class Scan:
-    """Every feature's strongest firings on real text.
+    """Every feature's strongest firings on real text, and its mean code there.
 
     best (n, top): positions of the largest codes, strongest first, -1 where fewer fired; best_code
-    (n, top): those codes.
+    (n, top): those codes; mean (n,): over all its firings, inf where there is none, so that nothing
+    is above it.
     """
 
     best: np.ndarray
     best_code: np.ndarray
+    mean: np.ndarray
 
 
 def scan(sae: SAE, x: torch.Tensor, t: torch.Tensor, top: int = 20) -> Scan:
     """One pass of real activations x (m, d) raw with tokens t (m,) through the encoder."""
-    return Scan(*strongest(encoded(sae, x, t), top))
+    codes = encoded(sae, x, t)
+    return Scan(*strongest(codes, top), mean_codes(codes))
 
 
 def single_token(codes: csc_array, t: np.ndarray, least: int = 50) -> float:
@@ -120,15 +125,14 @@ def overlap(response: Response, scanned: Scan, last_tokens: np.ndarray, t: np.nd
     """
     live = scanned.best[:, 0] >= 0
     answering = live & (response.above[which] > 0)
-    same, shared = [], []
-    for feature in np.flatnonzero(answering):
-        inputs = last_tokens[response.best[feature][response.best[feature] >= 0]][:top]
-        seen = t[scanned.best[feature][scanned.best[feature] >= 0]][:top]
-        same.append(inputs[0] == seen[0])
-        shared.append(np.isin(inputs, seen).any())
+    alone, real = response.best[answering, :top], scanned.best[answering, :top]
+    alone = np.where(alone >= 0, last_tokens[alone], -1)
+    real = np.where(real >= 0, t[real], -2)  # no token: never the same as none alone
+    same = alone[:, 0] == real[:, 0]
+    shared = (alone[:, :, None] == real[:, None, :]).any((1, 2))
     return dict(live=int(live.sum()), answering=answering.sum() / max(1, live.sum()),
-                top_is_top=float(np.mean(same)) if same else float("nan"),
-                any_shared=float(np.mean(shared)) if shared else float("nan"))
+                top_is_top=float(np.mean(same)) if len(same) else float("nan"),
+                any_shared=float(np.mean(shared)) if len(same) else float("nan"))
 
 
 def grams(rows: torch.Tensor, keep: torch.Tensor, n: int,
