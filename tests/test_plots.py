@@ -37,6 +37,19 @@ def test_suffix_cosines_keep_their_places():
     assert figure.data[2].z[0][0] != figure.data[2].z[0][0], "a position without a suffix of three is empty"
 
 
+def test_what_untrained_saes_reach_are_lines_in_the_panel_of_their_inputs():
+    table = pd.DataFrame([dict(sae=sae, inputs=inputs, bar=bar, metric=metric, value=i + j / 10, low=0, high=1)
+                          for i, inputs in enumerate(("unigrams", "bigrams")) for j, bar in enumerate(("absolute", "its mean"))
+                          for sae in (plots.WITHOUT, plots.WITH, *plots.NULLS) for metric in ("answering", "live")])
+    figure = plots.shares(table)
+    assert [trace.type for trace in figure.data] == ["bar"] * 4 + ["scatter"] * 4
+    for trace in figure.data:
+        i = ("x", "x2").index(trace.xaxis)
+        assert list(trace.x) == ["absolute", "its<br>mean"] and list(trace.y) == [i, i + 0.1]
+        assert trace.marker.color == (plots.COLOURS | plots.NULLS)[trace.name]
+    assert len({trace.name for trace in figure.data if trace.showlegend}) == 4
+
+
 KINDS = pd.DataFrame(dict(table=[plots.WITHOUT, plots.WITH] * 2, n=[1, 1, 2, 2], position=[0, 1, 0, 1], layer=[0, 0, 1, 1],
                           value=[0.2, 0.3, 0.4, 0.5], low=[0.1, 0.2, 0.3, 0.4], high=[0.3, 0.4, 0.5, 0.6]))
 KINDS["sae"] = KINDS["table"]

@@ -25,7 +25,8 @@ from torch import Tensor, nn
 from torch.nn.functional import embedding, embedding_bag
 
 WITHOUT, WITH, FROZEN = "without table", "with table", "frozen token mean"
-UNTRAINED = "untrained"  # an SAE without a table as it starts: random directions
+# SAEs as they start, with random directions: without a table, and with the frozen token mean.
+UNTRAINED, UNTRAINED_FROZEN = "untrained", "untrained, frozen token mean"
 NAMES = {"none": WITHOUT, "learned": WITH}  # of a `lookup`, in result tables and figures
 
 

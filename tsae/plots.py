@@ -10,10 +10,11 @@ import plotly.graph_objects as go
 import plotly.io as pio
 from IPython.display import display
 
-from tsae.baseline import FROZEN, UNTRAINED, WITH, WITHOUT
+from tsae.baseline import FROZEN, UNTRAINED, UNTRAINED_FROZEN, WITH, WITHOUT
 from tsae.picture import HEIGHT, WIDTH, picture, write_picture
 
 COLOURS = {WITHOUT: "#6b7a8f", WITH: "#d9541e", FROZEN: "#2b6cb0"}
+NULLS = {UNTRAINED: "#1a202c", UNTRAINED_FROZEN: "#b7791f"}
 SEQUENCE = ["#2b6cb0", "#d9541e", "#2f855a", "#8a5cc2", "#b7791f", "#6b7a8f"]
 MORE = ["#00838f", "#ad1457", "#5d4037", "#9e9d24"]  # where a figure has more than six kinds
 MARKERS = dict(topk="circle", batchtopk="square", relu="diamond", jumprelu="triangle-up", gated="x")
@@ -153,13 +154,22 @@ def unigram_activations(table: pd.DataFrame, token: str) -> go.Figure:
 
 
 def shares(table: pd.DataFrame) -> go.Figure:
-    """Columns sae, inputs, bar, metric, value, low, high: the paper's results 5 and 7."""
+    """Columns sae, inputs, bar, metric, value, low, high: the paper's results 5 and 7.
+
+    What untrained SAEs reach are lines through the bars of the arms.
+    """
     drawn = table[table["metric"] == "answering"]
-    figure = px.bar(drawn, "bar", "value", "sae", facet_col="inputs", barmode="group",
-                    color_discrete_map=COLOURS | {UNTRAINED: "#c9ced6"}, **_error_bars(drawn))
-    figure.update_yaxes(range=[0, 1.02], tickformat=".0%")
+    drawn = drawn.assign(bar=drawn["bar"].str.replace(" ", "<br>", n=1))
+    arms, null = drawn[~drawn["sae"].isin(NULLS)], drawn[drawn["sae"].isin(NULLS)]
+    figure = px.bar(arms, "bar", "value", "sae", facet_col="inputs", barmode="group",
+                    color_discrete_map=COLOURS, **_error_bars(arms))
+    lines = px.scatter(null, "bar", "value", "sae", facet_col="inputs", color_discrete_map=NULLS)
+    lines.update_traces(marker=dict(symbol="line-ew-open", size=36, line_width=3))
+    figure.add_traces(lines.data).update_traces(error_y_thickness=1, error_y_width=2)
+    figure.update_xaxes(tickangle=0, tickfont_size=13)
+    figure.update_yaxes(range=[0, 1.04], tickformat=".0%")
     title = "Share of live features that some input, fed alone, drives above a bar"
-    return _titled(figure, title, " ", "share of live features", width=940,
+    return _titled(figure, title, "bar", "share of live features", width=940,
                    legend=dict(orientation="h", y=-0.3, yanchor="top"))
 
 
