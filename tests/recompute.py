@@ -8,6 +8,7 @@ data/results/embedded/sweep.csv, to 1 %: the published numbers come from activat
 import csv
 import json
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -23,11 +24,14 @@ LAYER, ROWS, CE_ROWS, TOKENS = 3, 200, 48, 300_000
 
 def find(saes: Path, lookup: str, k: int, seed: int) -> Path:
     """The folder of the TopK SAE of the sweep with these settings."""
-    for path in saes.glob("*/settings.json"):
-        own = json.loads(path.read_text())
+    found = {path: json.loads(path.read_text()) for path in sorted(saes.glob("*/settings.json"))}
+    model, _ = Counter(own["weights"] for own in found.values()).most_common(1)[0]  # others are nulls
+    for path, own in found.items():
         wanted = dict(activation="topk", n=1024, k=k, lookup=lookup, seed=seed, tokens=TOKENS, lr=0.003, start="mean",
-                      aux_weight=0.25, encoder_sees="rest", table_scale=1.0, table_lr=0.03, checks=0, layer=LAYER)
-        if all(own.get(name) == value for name, value in wanted.items()) and "known" not in own:
+                      aux_weight=0.25, encoder_sees="rest", table_scale=1.0, table_lr=0.03, checks=0, layer=LAYER,
+                      encoder_scale=0.5, weights=model)
+        alone = own.get("plain_scale", 0.5) == 0.5 and not {"known", "gaussian"} & own.keys()
+        if alone and all(own.get(name) == value for name, value in wanted.items()):
             return path.parent
     raise SystemExit(f"no such SAE in {saes} (lookup {lookup}, k {k}, seed {seed}): run python -m tsae first")
 
