@@ -190,9 +190,6 @@ def cells(options: argparse.Namespace, device: str) -> Iterator[tuple[str, dict[
         at = base | dict(kind=kind)
         own = {"floor": ("floor", at), "tsae": ("tsae", at), "tsae, few active": ("tsae", at | dict(active=2 * base["k"]))}
         yield "base", own | {name: (name, at) for name in rivals.get(kind, ())}
-    at = base | SMOLLM2 | options.size
-    yield "grams", {"tsae": ("tsae", at), "tsae + table": ("tsae", at | table),
-                    "tsae + table + n-grams": ("tsae", at | table | dict(grams=4 * options.vocabulary))}
     sizes = [(axis, {axis: size}) for axis, values in AXES.items() for size in values]
     for axis, size in [*sizes, *(("corner", size) for size in CORNERS)] if options.full else []:
         at = base | size
@@ -204,6 +201,15 @@ def step(options: argparse.Namespace, device: str = "cpu") -> pd.DataFrame:
     """Seconds a training step, against the bare bfloat16 encoder product and against tsae without a table."""
     table = pd.concat([cell(some, options, cell=axis) for axis, some in cells(options, device)], ignore_index=True)
     return table.assign(tokens_per_second=table["batch"] / table["seconds"])
+
+
+def grams(options: argparse.Namespace) -> pd.DataFrame:
+    """What a table, and four times as many rows of n-grams beside it, add to a step at SmolLM2's size."""
+    at = GPT2 | SMOLLM2 | dict(device="cpu", threads=options.threads) | options.size
+    table = at | dict(vocabulary=options.vocabulary)
+    some = {"tsae": ("tsae", at), "tsae + table": ("tsae", table),
+            "tsae + table + n-grams": ("tsae", table | dict(grams=4 * options.vocabulary))}
+    return cell(some, options, cell="grams")
 
 
 def alternate(functions: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
@@ -366,7 +372,7 @@ def record(out: Path, name: str, table: pd.DataFrame, **parameters: object) -> N
     store.write_json(manifest, lines)
 
 
-PARTS = dict(step=step, extraction=extraction, storing=storing, sweep=sweep, gpu=gpu)
+PARTS = dict(step=step, grams=grams, extraction=extraction, storing=storing, sweep=sweep, gpu=gpu)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -201,6 +201,8 @@ def cost(results: Path) -> str:
 def engine(results: Path) -> str:
     """The other parts of the benchmark: extraction, the store, a sweep's memory."""
     parts = {
+        "grams": ("{to_tsae:.2f} x", "a training step with {vocabulary} rows of tokens and {grams} "
+                  "of n-grams, against none: d {d}, {n} features, k {k}"),
         "extraction": ("{to_bare:.2f} x", "residuals of {model}, layer {layer}, against a bare "
                        "forward truncated there"),
         "storing": ("{to_plain:.2f} x, {gb_per_second:.2g} GB/s", "activation store, {what} of "
@@ -211,7 +213,7 @@ def engine(results: Path) -> str:
     for part, (value, measured) in parts.items():
         path = results / "bench" / f"bench_{part}.csv"
         for row in store.read_table(path).to_dict("records") if path.is_file() else ():
-            if row.get("contender") not in ("bare", "plain"):  # what ours is measured against
+            if row.get("contender") not in ("bare", "plain") and row.get("to_tsae") != 1.0:
                 rows.append({"measured": measured.format(**row), "value": value.format(**row)})
     return markdown(rows)
 
