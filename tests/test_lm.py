@@ -245,3 +245,9 @@ def test_a_model_that_cannot_be_told_of_positions_says_so():
     assert not lm.takes_positions
     with pytest.raises(ValueError, match="bloom cannot be told at which positions tokens stand"):
         lm.last(TOKENS[:, :2], [1], ends=torch.tensor([7, 7, 7]))
+
+
+def test_long_work_has_a_bar_that_can_be_turned_off(tiny_gpt2, capsys):
+    """By tqdm's own variable, which an argument `disable` would overrule."""
+    assert tiny_gpt2.generate("a", tokens=25) and not capsys.readouterr().err, "conftest sets TQDM_DISABLE"
+    assert list(lms._progress(range(3), "few")) == [0, 1, 2]

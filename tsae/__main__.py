@@ -211,7 +211,8 @@ def main(arguments: list[str] | None = None) -> None:
     for i, path in enumerate(notebooks, 1):
         known = parameters[path.name]
         own = {name: value for name, value in settings.items() if name in known}
-        tables = {} if "model" in known else made_before(folder, path)  # 05 reads tables alone
+        reads = "run_name" in known and "model" not in known  # tables alone, as LAST does
+        tables = made_before(folder, path) if reads else {}
         try:
             run(path, own, folder, tables, f"[{i}/{len(notebooks)}] {path.stem}")
         except (papermill.PapermillExecutionError, RuntimeError) as error:

@@ -374,7 +374,7 @@ class LM:
             raise ValueError(f"a prompt of {row.shape[1]} tokens and {tokens} more were asked for: "
                              f"{self.name} reads at most {self.max_context}")
         with self.steered(steer):
-            for _ in tqdm(range(tokens), "tokens", leave=False, disable=tokens < 20):
+            for _ in _progress(range(tokens), "tokens"):
                 logits = self.model(input_ids=row, use_cache=False).logits[0, -1].float().cpu()
                 if temperature:
                     chance = (logits / temperature).softmax(-1)
@@ -452,7 +452,7 @@ def _stream(arguments: tuple, named: dict) -> torch.Tensor:
 
 
 def _progress(parts: Sequence, label: str) -> Iterator:
-    return tqdm(parts, label, leave=False, disable=len(parts) < 20)
+    return iter(parts) if len(parts) < 20 else tqdm(parts, label, leave=False)
 
 
 def native_bfloat16(device: str) -> bool:

@@ -52,9 +52,8 @@ class Pairs:
     def statistics(self, vocabulary: int, limit: float = math.inf) -> dict[str, torch.Tensor]:
         """The `Moments` of all pairs with a norm of at most `limit`."""
         few = len(self.parts) < 20
-        parts = (within(x, t, limit) for x, t in
-                 tqdm(self.parts, "statistics", leave=False, disable=few))
-        return statistics(parts, vocabulary)
+        parts = self.parts if few else tqdm(self.parts, "statistics", leave=False)
+        return statistics((within(x, t, limit) for x, t in parts), vocabulary)
 
     def below(self, limit: float) -> torch.Tensor:
         """Where (len(self),) the norm of x is at most `limit`: no sink."""
