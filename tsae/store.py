@@ -23,16 +23,6 @@ ROOT = Path(os.environ.get("TSAE_HOME") or Path(__file__).resolve().parents[1])
 DATA = ROOT / "data"
 CACHE = Path(os.environ.get("TSAE_CACHE") or DATA / "cache")  # is made anew where it is missing
 EMBEDDED = DATA / "embedded"
-STANDARD = {"model": "embedded", "corpus": "docstrings"}
-
-
-def run_folder(run_name: str, **inputs: str) -> Path:
-    """Where a run keeps its tables, figures and SAEs: data/runs/<run_name>, or an absolute path.
-
-    Without a name the `inputs` (model, corpus) name it: "embedded" for the defaults, else a hash.
-    """
-    standard = all(inputs[name] == default for name, default in STANDARD.items() if name in inputs)
-    return DATA / "runs" / (run_name or ("embedded" if standard else key(**inputs)))
 
 
 @contextmanager

@@ -1,0 +1,152 @@
+"""What every notebook begins with: its parameters checked, a run folder that is its own."""
+
+import ast
+import difflib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from tsae import store
+
+NOTEBOOKS = store.ROOT / "notebooks"
+# Numbers are above 0. These may be lower: the least that each may be.
+LEAST = {"context": 2, "layer": -1, "second_layer": -1, "outliers": 0, "store_gb": 0, "below": 0,
+         "text_tokens": 0, "distinct_tokens": 0, "effect_features": 0, "layers": 0, "seed": 0,
+         "seeds": 0, "lm_seed": 0, "speedup_layers": 0, "strength": float("-inf"), "threshold": 0,
+         "relu_sparsity": 0, "jumprelu_sparsity": 0, "gated_sparsity": 0, "warmup_steps": 0}
+NOT_EMPTY = {"arm_names", "ks", "lengths", "main_ks", "seeds", "sizes"}
+ENTRIES = {"layers": 0, "rates": 0.001}  # what a list holds whose default is empty
+
+
+@dataclass(frozen=True)
+class Notebook:
+    """A notebook that runs: `folder` is its run's, or None where it keeps no tables."""
+
+    name: str
+    folder: Path | None
+    by_default: bool  # every parameter is as the notebook declares it
+
+    def found(self, sentence: str, seen: bool) -> None:
+        """Print what was found. Raises AssertionError if it was not, with default parameters."""
+        if not seen and self.by_default:
+            raise AssertionError(f"not seen: {sentence}")
+        print(sentence if seen else f"not seen with these settings: {sentence}")
+
+
+def start(name: str, names: dict[str, object]) -> Notebook:
+    """Check the parameters of notebook `name`, which stand in its globals `names`.
+
+    Raises ValueError, in one sentence, for a parameter that papermill set and the notebook does
+    not declare, for a value of another type or out of range, and for a run folder that holds a
+    run with other parameters.
+    """
+    known = declared(NOTEBOOKS / f"{name}.ipynb")
+    given = {each: names[each] for each in known}
+    check(given | _injected(names), known)
+    folder = _folder(given, known) if "run_name" in known else None
+    return Notebook(name, folder, _changed(given, known) == {})
+
+
+def declared(notebook: Path) -> dict[str, object]:
+    """The parameters of a notebook with their defaults, read from its tagged cell."""
+    cells = json.loads(Path(notebook).read_text(encoding="utf-8"))["cells"]
+    source = "\n".join("".join(cell["source"]) for cell in cells
+                       if "parameters" in cell["metadata"].get("tags", []))
+    return {ast.unparse(line.target): ast.literal_eval(line.value)
+            for line in ast.parse(source).body if isinstance(line, ast.AnnAssign)}
+
+
+def _injected(names: dict[str, object]) -> dict[str, object]:
+    """The parameters that papermill set: it adds a cell which begins with this comment."""
+    cells = [cell for cell in names.get("In", []) if cell.startswith("# Parameters\n")]
+    return {ast.unparse(target): names[ast.unparse(target)]
+            for line in ast.parse("\n".join(cells)).body if isinstance(line, ast.Assign)
+            for target in line.targets}
+
+
+def check(given: dict[str, object], known: dict[str, object]) -> None:
+    """Raise ValueError for a name that is not among the `known` ones, or a value that cannot be."""
+    for name, value in given.items():
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1)
+            hint = f": did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"no notebook has a parameter {name!r}{hint}")
+        _check_one(name, value, known[name])
+    most = given.get("n_features")
+    for name in ("k", "ks", "main_ks"):
+        active = given.get(name, 0)
+        if most and max(active if isinstance(active, list) else [active]) > most:
+            raise ValueError(f"{name} is {active}, more than the {most} of n_features")
+
+
+def _check_one(name: str, value: object, default: object) -> None:
+    if isinstance(value, str) and isinstance(default, list):
+        raise ValueError(f"{name} is the text {value!r}: a list was expected, which papermill "
+                         f"takes by -y '{{{name}: {value}}}'")
+    alike = isinstance(value, list) if isinstance(default, list) else _like(value, default)
+    if not alike:
+        raise ValueError(f"{name} is {value!r}, a {type(value).__name__}: expected "
+                         f"{type(default).__name__} such as {default!r}")
+    if not isinstance(value, list):
+        return _in_range(name, name, value)
+    if not value and name in NOT_EMPTY:
+        raise ValueError(f"{name} is empty: at least one entry was expected, such as {default!r}")
+    example = default[0] if default else ENTRIES[name]
+    for entry in value:
+        if not _like(entry, example):
+            raise ValueError(f"{name} has the entry {entry!r}, a {type(entry).__name__}: expected "
+                             f"{type(example).__name__} such as {example!r}")
+        _in_range(f"an entry of {name}", name, entry)
+        if value.count(entry) > 1:
+            raise ValueError(f"{name} has {entry!r} twice: each entry was expected once")
+
+
+def _like(value: object, example: object) -> bool:
+    """Whether a value has an example's type. Whole numbers pass for others, bool for neither."""
+    if isinstance(example, list) and isinstance(value, list):
+        return len(value) == len(example) and all(map(_like, value, example))
+    wanted = (int, float) if isinstance(example, float) else type(example)
+    return isinstance(value, wanted) and isinstance(value, bool) == isinstance(example, bool)
+
+
+def _in_range(what: str, name: str, value: object) -> None:
+    if isinstance(value, (bool, str, list)):
+        return
+    low = LEAST.get(name, 0)
+    if not (value >= low if name in LEAST else value > low):
+        raise ValueError(f"{what} is {value}: expected "
+                         f"{f'{low} or more' if name in LEAST else 'more than 0'}")
+
+
+def _folder(given: dict[str, object], known: dict[str, object]) -> Path:
+    """The run folder: by its name, or by the parameters that are not the defaults."""
+    changed = _changed(given, known)
+    name = given["run_name"] or (f"run-{store.key(**changed)}" if changed else "embedded")
+    folder = store.DATA / "runs" / name
+    settle(folder, {name: value for name, value in given.items() if name != "run_name"})
+    return folder
+
+
+def _changed(given: dict[str, object], known: dict[str, object]) -> dict[str, object]:
+    return {name: value for name, value in given.items()
+            if name != "run_name" and value != known[name]}
+
+
+def settle(folder: Path, settings: dict[str, object], preset: str = "") -> None:
+    """Note what a run folder is for. Raises ValueError if it is for other settings.
+
+    The settings of a preset may change, with its file: the folder that has its name goes with it.
+    """
+    path = folder / "run.json"
+    noted = store.read_json(path) if path.is_file() else dict(preset=preset, settings={})
+    other = {name: noted["settings"][name] for name, value in settings.items()
+             if noted["settings"].get(name, value) != value}
+    same = preset and noted["preset"] == preset
+    if not same and (other or preset and noted["preset"]):
+        told = ", ".join(f"{name}={value!r}" for name, value in other.items())
+        of = f"preset {noted['preset']!r}" if noted["preset"] else "other parameters"
+        raise ValueError(f"{folder} holds a run of {of} ({told}): name another folder for this "
+                         "one, or none")
+    wanted = dict(preset=noted["preset"] or preset, settings=noted["settings"] | settings)
+    if not path.is_file() or wanted != noted:
+        store.write_json(path, wanted)
