@@ -22,7 +22,7 @@ PACKAGE = Path(command.__file__).parent
 ROOMS = {"": 0, "pairs": 1, "scale": 2, "scoring": 2, "browser": 3, "study": 3}
 FLOORS = {
     "": ("store gpu", "corpus fetch notebook", "kernels baseline text picture formats claims", "sae lm", "codes evaluate",
-         "features plots train interop readme overview", "__main__"),
+         "features plots train interop readme overview execute", "__main__"),
     "pairs": ("extract", "shards", "order", "prepare", "known"),
     "scale": ("checkpoints", "parallel", "sharded passes", "sweep", "__main__"),
     "scoring": ("heldout", "ladder tokens rules effects dictionary compare judge nulls", "table scores"),
@@ -171,7 +171,7 @@ def test_a_parameter_means_the_same_everywhere():
 @pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
 def test_presets_name_real_parameters(path):
     settings = yaml.safe_load(path.read_text()) or {}
-    settings.pop("only", None)
+    settings = {name: value for name, value in settings.items() if name not in ("only", "jobs")}
     known = {name: value for notebook in NOTEBOOKS for name, value in beginning.declared(notebook).items()}
     beginning.check(settings, known)
     with pytest.raises(ValueError, match="no notebook has a parameter 'n_featurs': did you mean 'n_features'"):

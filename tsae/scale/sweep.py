@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pandas as pd
+from filelock import FileLock
 
 from tsae import store, train
 from tsae.baseline import Baseline
@@ -129,6 +130,12 @@ def _index(folder: Path) -> None:
     A row an SAE: name, settings (`lookup` is the kind of its baseline where one was given,
     `recipe` the name of a recipe that fits), the end of its history.
     """
+    with FileLock(folder / ".lock"):  # another notebook may train others of the same run
+        if rows := _rows(folder):
+            store.write_table(folder / "index.csv", pd.DataFrame(rows))
+
+
+def _rows(folder: Path) -> list[dict]:
     rows = []
     for history in sorted(folder.glob("*/history.csv")):
         settings, last = store.read_json(history.parent / "settings.json"), pd.read_csv(history)
@@ -138,8 +145,7 @@ def _index(folder: Path) -> None:
                        if parts.items() <= (parts | settings).items()), "other")
         own = dict(name=history.parent.name, recipe=recipe)
         rows.append(own | settings | dict(last.iloc[-1][["l0", "nmse", "dead"]]))
-    if rows:
-        store.write_table(folder / "index.csv", pd.DataFrame(rows))
+    return rows
 
 
 def _pass(folder: Path, data: Data, group: list[_Job], checkpoint_every_s: float) -> None:
