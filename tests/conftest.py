@@ -5,6 +5,7 @@ import os
 os.environ.update(TQDM_DISABLE="1", TSAE_PNG="0")  # for the kernels of nbval too: no progress bars, no browser
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import chromium_driver
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -70,3 +71,15 @@ def model_folder(tmp_path):
 def data(tiny_gpt2, tmp_path) -> Data:
     """The activations of ROWS at layer 1 of a tiny language model."""
     return prepare(tiny_gpt2.layer(1), ROWS, batch=16, folder=tmp_path / "activations")
+
+
+@pytest.fixture(scope="session")
+def chromium(tmp_path_factory):
+    """A browser, or a skipped test where there is none."""
+    if not chromium_driver.CHROMIUM:
+        pytest.skip("there is no Chromium here")
+    found = chromium_driver.Chromium(tmp_path_factory.mktemp("profile"))
+    yield found
+    found.socket.close()
+    found.process.terminate()
+    found.process.wait(20)

@@ -20,7 +20,7 @@ from tsae.study.agreement import KEY, SCALES
 
 COLUMNS = ["step", *KEY, "shown", *SCALES]  # of a scorer's csv; `shown` is a digest of the text
 HEADER = (",".join(COLUMNS) + "\n").encode()
-STYLE = {"button_width": "32px", "description_width": "110px"}
+STYLE = {"button_width": "44px", "description_width": "110px"}
 GUIDE = "".join(f"<li><b>{name}</b>: {'; '.join(map(' '.join, bands.items()))}</li>"
                 for name, bands in SCALES.items())
 GUIDE += ("<li>The number before a line is the activation, 10 at the feature's strongest. Some "
@@ -196,7 +196,8 @@ def form(study: Study) -> widgets.VBox:
     rows = [widgets.ToggleButtons(options=range(1, 11), value=None, description=name, style=STYLE)
             for name in SCALES]  # without a value, there is nothing to lean on
     wide = {"width": "300px"}
-    keys = widgets.Text(placeholder="or type, as 8 3, then Enter (u: undo)", layout=wide)
+    keys = widgets.Text(placeholder="or type, as 8 3, then Enter (u: undo)", layout=wide,
+                        continuous_update=False)  # its value comes whole, on Enter
     save = widgets.Button(description="Record and next", button_style="primary")
     back = widgets.Button(description="Undo the last")
     guide = widgets.HTML(f"<ul>{GUIDE}</ul>")
@@ -204,8 +205,7 @@ def form(study: Study) -> widgets.VBox:
     def refresh(message: str = "") -> None:
         n, done = len(study.scores), study.finished
         bar.value, bar.description = n, f"{n} of {bar.max}"
-        last = "The last one: it cannot be undone." if n == bar.max - 1 else ""
-        said.value = message or ("Done. Run the next cell to see the sources." if done else last)
+        said.value = message or ("Done. Run the next cell to see the sources." if done else "")
         shown.value = "" if done else _relative(study.contexts[study.next])
         for row in rows:
             row.value, row.disabled = None, done
@@ -222,19 +222,29 @@ def form(study: Study) -> widgets.VBox:
         except (ValueError, OSError) as error:
             said.value = html.escape(str(error))
         else:
-            refresh("Taken back." if len(study.scores) < before else "")
+            refresh(_told(study, before))
 
-    def typed(_, content: dict, __) -> None:
-        if content.get("event") == "submit":
-            act(_obey, study, keys.value)
+    def typed(change: dict) -> None:
+        if change["new"].strip():  # "" is the field being emptied for the next feature
+            act(_obey, study, change["new"])
 
     for row in rows:
         row.observe(allow_save, "value")
     save.on_click(lambda _: act(study.record, *(row.value for row in rows)))
     back.on_click(lambda _: act(study.undo))
-    keys.on_msg(typed)
+    keys.observe(typed, "value")
     refresh()
     return widgets.VBox([bar, guide, shown, *rows, widgets.HBox([keys, save, back]), said])
+
+
+def _told(study: Study, before: int) -> str:
+    """What was done since there were `before` scores, for the scorer to see."""
+    if len(study.scores) < before:
+        return "Taken back."
+    given = " / ".join(str(study.scores[-1][name]) for name in SCALES)
+    end = {1: " One is left: it cannot be undone.",
+           0: " Done. Run the next cell to see the sources."}
+    return f"Recorded {given}.{end.get(len(study.order) - len(study.scores), '')}"
 
 
 def _relative(contexts: pd.DataFrame) -> str:
