@@ -120,7 +120,7 @@ def test_notebooks_run_in_order_and_once(house, capsys):
     assert (house / "ran.txt").read_text() == "4 1\na True\n"
     command.main(arguments)
     assert (house / "ran.txt").read_text() == "4 1\na True\n" and capsys.readouterr().out.count("done before") == 2
-    with pytest.raises(SystemExit, match=r"holds a run .*name='a'.*name another folder"):
+    with pytest.raises(SystemExit, match=r"holds a run .*name=its default.*name another folder"):
         command.main([*arguments, "-p", "name=b"])
     assert json.loads((house / "run/done/02_second.json").read_text())["parameters"] == dict(flag=True)
     assert (house / "run/notebooks/02_second.ipynb").is_file()
@@ -193,7 +193,7 @@ def test_what_would_run_and_what_there_is(house, capsys):
     command.main(["--list"])
     said = capsys.readouterr().out
     assert "embedded                      The defaults. Of all." in said and "01_first" in said
-    assert "0.0 GB; finished 01 02" in said
+    assert "0.0 GB; finished 01 02; the defaults" in said
 
 
 def test_cleaning_asks_for_each_folder(house, capsys, monkeypatch):

@@ -72,7 +72,7 @@ def test_other_parameters_go_to_another_folder(house):
     other = started(k=4)
     assert other.folder.parent == runs and other.folder != first.folder and not other.by_default
     assert started(k=4).folder == other.folder != started(k=2).folder and started().folder == first.folder
-    with pytest.raises(ValueError, match=r"embedded holds a run of other parameters \(k=8\): name another folder"):
+    with pytest.raises(ValueError, match=r"embedded holds a run of other parameters \(k=its default\): name another folder"):
         started(run_name="embedded", k=4)
     assert started(run_name="mine", k=4).folder == runs / "mine" == started(run_name="mine", k=4).folder
     with pytest.raises(ValueError, match=r"mine holds a run of other parameters \(k=4\)"):
@@ -80,14 +80,28 @@ def test_other_parameters_go_to_another_folder(house):
 
 
 def test_a_preset_keeps_its_folder_when_its_file_changes(tmp_path):
-    notebook.settle(tmp_path, dict(k=8, lr=0.1), "smollm2")
-    notebook.settle(tmp_path, dict(k=8))
+    def noted(**changed) -> dict:
+        return {"03_a": dict(names=["k", "lr"], changed=changed)}
+
+    notebook.settle(tmp_path, noted(k=8, lr=0.1), "smollm2")
+    notebook.settle(tmp_path, noted(k=8, lr=0.1))
     with pytest.raises(ValueError, match="holds a run of preset 'smollm2' .k=8."):
-        notebook.settle(tmp_path, dict(k=4))
+        notebook.settle(tmp_path, noted(k=4, lr=0.1))
     with pytest.raises(ValueError, match="holds a run of preset 'smollm2'"):
-        notebook.settle(tmp_path, dict(k=8), "smollm2-ab12")
-    notebook.settle(tmp_path, dict(k=4), "smollm2")
-    assert store.read_json(tmp_path / "run.json") == dict(preset="smollm2", settings=dict(k=4, lr=0.1))
+        notebook.settle(tmp_path, noted(k=8, lr=0.1), "smollm2-ab12")
+    notebook.settle(tmp_path, noted(k=4), "smollm2")
+    assert store.read_json(tmp_path / "run.json") == dict(preset="smollm2", notebooks=noted(k=4))
+
+
+def test_notebooks_of_one_run_share_what_they_share(tmp_path):
+    """A parameter may have another default in another notebook; what was changed must be changed in both."""
+    first = dict(names=["k", "tokens"], changed=dict(k=4))
+    second = dict(names=["k", "tokens", "rows"], changed=dict(k=4, rows=2))
+    notebook.settle(tmp_path, {"03_a": first})
+    notebook.settle(tmp_path, {"04_b": second})
+    with pytest.raises(ValueError, match="tokens=its default"):
+        notebook.settle(tmp_path, {"04_b": second | dict(changed=dict(k=4, tokens=9))})
+    assert set(store.read_json(tmp_path / "run.json")["notebooks"]) == {"03_a", "04_b"}
 
 
 def test_findings_are_asserted_with_the_defaults_only(capsys):

@@ -1,5 +1,6 @@
 """Oracle: round trips, and what lies in the folder afterwards."""
 
+import fcntl
 import hashlib
 import json
 import os
@@ -14,6 +15,9 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from tsae import store
+from tsae.sae import SAE
+from tsae.scale import checkpoints
+from tsae.study import form
 
 # Tokens that a careless csv reader loses: names of missing values, blanks, line ends, separators, quotes, numbers.
 HARD = ["NA", "nan", "None", "null", " ", " the", "a\nb", "\n", "\r\n", "\r", ",", '"', '""', "#", "007", "1e5", "é", "\\n"]
@@ -154,3 +158,21 @@ def test_a_row_is_made_once_for_its_inputs_and_versions(tmp_path, monkeypatch):
     assert store.once(tmp_path, row, sae="y", rows=3)["a"] == 2
     monkeypatch.setattr(store, "versions", lambda: {"evaluate.py": "99"})
     assert store.once(tmp_path, row, sae="x", rows=3)["a"] == 3, "other code, another row"
+
+
+def test_windows_syncs_only_what_is_opened_for_writing(tmp_path, monkeypatch):
+    """And no folders: there every write once failed."""
+    def strict(number: int) -> None:
+        if fcntl.fcntl(number, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
+            raise OSError(9, "Bad file descriptor")
+
+    monkeypatch.setattr(store, "WINDOWS", True)
+    monkeypatch.setattr(os, "fsync", strict)
+    store.write_text(tmp_path / "a.txt", "a")
+    SAE(4, 8, k=2).start(torch.zeros(4)).save(tmp_path / "sae")
+    checkpoints.save(tmp_path / "run", 1, dict(step=1, w=torch.ones(2)))
+    study = form.Study({("a", 0, 0): pd.DataFrame([dict(code=1.0, before="", token="x", after="")])}, tmp_path / "b", "ada")
+    study.record(1, 2)
+    assert (tmp_path / "a.txt").read_text() == "a" and (tmp_path / "b/ada.csv").is_file()
+    with pytest.raises(OSError, match="Bad file descriptor"), open(tmp_path / "a.txt", "rb") as file:
+        os.fsync(file.fileno())

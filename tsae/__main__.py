@@ -155,9 +155,11 @@ def show_evidence(folder: Path) -> None:
 
 def settle(folder: Path, preset: str, settings: dict[str, object]) -> None:
     """Note what the run folder is for. SystemExit if it is for another run, or read-only."""
-    known = {name: value for path in chosen([]) for name, value in notebook.declared(path).items()}
+    known = {path.stem: notebook.declared(path) for path in chosen([])}
+    wanted = {name: dict(names=sorted(names), changed=notebook.changes(settings, names))
+              for name, names in known.items()}
     try:
-        notebook.settle(folder, known | settings, preset)
+        notebook.settle(folder, wanted, preset)
     except ValueError as error:
         raise SystemExit(str(error)) from None
     except OSError as error:
@@ -189,7 +191,7 @@ def main(arguments: list[str] | None = None) -> None:
         done = {path: execute.is_done(path, own, folder) for path, own in plan.items()}
         return overview.forecast(done, store.DATA / "results" / name)
     fetch_inputs(settings)
-    settle(folder, name, {key: value for key, value in settings.items() if key != "run_name"})
+    settle(folder, name, settings)
     execute.execute(plan, folder, options.jobs or (1 if assigned else jobs))
     if options.publish:
         publish(folder, options.preset, planned(settings, of_preset))

@@ -43,8 +43,8 @@ def start(name: str, names: dict[str, object]) -> Notebook:
     known = declared(NOTEBOOKS / f"{name}.ipynb")
     given = {each: names[each] for each in known}
     check(given | _injected(names), known)
-    folder = _folder(given, known) if "run_name" in known else None
-    return Notebook(name, folder, _changed(given, known) == {})
+    folder = _folder(name, given, known) if "run_name" in known else None
+    return Notebook(name, folder, changes(given, known) == {})
 
 
 def declared(notebook: Path) -> dict[str, object]:
@@ -118,35 +118,46 @@ def _in_range(what: str, name: str, value: object) -> None:
                          f"{f'{low} or more' if name in LEAST else 'more than 0'}")
 
 
-def _folder(given: dict[str, object], known: dict[str, object]) -> Path:
+def _folder(name: str, given: dict[str, object], known: dict[str, object]) -> Path:
     """The run folder: by its name, or by the parameters that are not the defaults."""
-    changed = _changed(given, known)
-    name = given["run_name"] or (f"run-{store.key(**changed)}" if changed else "embedded")
-    folder = store.DATA / "runs" / name
-    settle(folder, {name: value for name, value in given.items() if name != "run_name"})
-    return folder
+    changed = changes(given, known)
+    folder = given["run_name"] or (f"run-{store.key(**changed)}" if changed else "embedded")
+    settle(store.DATA / "runs" / folder, {name: dict(names=sorted(known), changed=changed)})
+    return store.DATA / "runs" / folder
 
 
-def _changed(given: dict[str, object], known: dict[str, object]) -> dict[str, object]:
+def changes(given: dict[str, object], known: dict[str, object]) -> dict[str, object]:
+    """The parameters that are not the defaults; where the run lies is none."""
     return {name: value for name, value in given.items()
-            if name != "run_name" and value != known[name]}
+            if name in known and name != "run_name" and value != known[name]}
 
 
-def settle(folder: Path, settings: dict[str, object], preset: str = "") -> None:
-    """Note what a run folder is for. Raises ValueError if it is for other settings.
+def settle(folder: Path, notebooks: dict[str, dict], preset: str = "") -> None:
+    """Note what a run folder is for: {notebook: its parameters' names, and those changed}.
 
-    The settings of a preset may change, with its file: the folder that has its name goes with it.
+    Raises ValueError if it holds a run with other changes. Those of a preset may change, with its
+    file: the folder that has its name goes with it.
     """
     path = folder / "run.json"
-    noted = store.read_json(path) if path.is_file() else dict(preset=preset, settings={})
-    other = {name: noted["settings"][name] for name, value in settings.items()
-             if noted["settings"].get(name, value) != value}
+    noted = store.read_json(path) if path.is_file() else dict(preset="", notebooks={})
     same = preset and noted["preset"] == preset
-    if not same and (other or preset and noted["preset"]):
-        told = ", ".join(f"{name}={value!r}" for name, value in other.items())
+    told = _differences(noted["notebooks"], notebooks)
+    if not same and (told or preset and noted["preset"]):
         of = f"preset {noted['preset']!r}" if noted["preset"] else "other parameters"
-        raise ValueError(f"{folder} holds a run of {of} ({told}): name another folder for this "
-                         "one, or none")
-    wanted = dict(preset=noted["preset"] or preset, settings=noted["settings"] | settings)
-    if not path.is_file() or wanted != noted:
+        raise ValueError(f"{folder} holds a run of {of} ({', '.join(told)}): name another folder "
+                         "for this one, or none")
+    wanted = dict(preset=preset or noted["preset"], notebooks=noted["notebooks"] | notebooks)
+    if wanted != noted or not path.is_file():
         store.write_json(path, wanted)
+
+
+def _differences(noted: dict[str, dict], notebooks: dict[str, dict]) -> list[str]:
+    """Parameters that notebooks of one folder share, and that were changed in one way only."""
+    found = {}
+    for one in noted.values():
+        for other in notebooks.values():
+            for name in set(one["names"]) & set(other["names"]):
+                was, now = (each["changed"].get(name, "its default") for each in (one, other))
+                if was != now:
+                    found[name] = f"{name}={was}"
+    return sorted(found.values())

@@ -29,9 +29,9 @@ def show(presets: Path, notebooks: list[Path]) -> None:
     for folder in _folders(store.DATA / "runs"):
         done = sorted(path.stem[:2] for path in (folder / "done").glob("*.json"))
         note = folder / "run.json"
-        settings = store.read_json(note)["settings"] if note.is_file() else {}
-        told = ", ".join(f"{name}={settings[name]}" for name in ("model", "corpus", "train_tokens")
-                         if name in settings)
+        noted = store.read_json(note)["notebooks"] if note.is_file() else {}
+        changed = {name: value for one in noted.values() for name, value in one["changed"].items()}
+        told = ", ".join(f"{name}={value}" for name, value in changed.items()) or "the defaults"
         state = f"finished {' '.join(done)}" if done else "not finished"
         _line(folder.name, f"{size_of(folder):.1f} GB; {state}; {told}")
 

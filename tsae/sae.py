@@ -343,7 +343,7 @@ class SAE(nn.Module):
             drafts[0].write_text(json.dumps(self.config, indent=2) + "\n")
             save_file(self.state_dict(), drafts[1])
             for draft in drafts:
-                with open(draft, "rb") as file:
+                with open(draft, "rb+") as file:  # Windows syncs only what can be written
                     os.fsync(file.fileno())
             paths[1].unlink(missing_ok=True)  # never beside the config of another SAE
             for draft, path in zip(drafts, paths):

@@ -28,6 +28,21 @@ ROOT = Path(os.environ.get("TSAE_HOME") or Path(__file__).resolve().parents[1])
 DATA = ROOT / "data"
 CACHE = Path(os.environ.get("TSAE_CACHE") or DATA / "cache")  # is made anew where it is missing
 EMBEDDED = DATA / "embedded"
+WINDOWS = os.name == "nt"
+
+
+def sync(path: Path) -> None:
+    """Wait until the disk holds a file's bytes or a folder's names.
+
+    Windows syncs only what was opened for writing, and no folders.
+    """
+    if path.is_dir() and WINDOWS:
+        return
+    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 @contextmanager
@@ -39,8 +54,7 @@ def replacing(path: str | Path):
     os.close(handle)
     try:
         yield Path(temporary)
-        with open(temporary, "rb") as written:
-            os.fsync(written.fileno())  # the bytes before the name, should the machine stop
+        sync(Path(temporary))  # the bytes before the name, should the machine stop
         os.chmod(temporary, 0o644)  # mkstemp makes files that only their owner can read
         os.replace(temporary, path)
     except SafetensorError as error:  # what it raises on a full disk is no OSError

@@ -41,10 +41,10 @@ def save(folder: Path, step: int, state: State) -> None:
         text = json.dumps(dict(sha256=digest, key=store.key(**plain), state=plain))
         (new / "state.json").write_text(text, encoding="utf-8")
         for path in (new / "tensors.safetensors", new / "state.json", new):
-            _sync(path)
+            store.sync(path)
         shutil.rmtree(final, ignore_errors=True)  # a damaged one of the same step
         os.rename(new, final)
-        _sync(folder)
+        store.sync(folder)
     except (OSError, SafetensorError) as error:
         raise OSError(f"the checkpoint {final} could not be written ({error}): free some space "
                       "there or choose another folder; what was written before is kept") from error
@@ -93,14 +93,6 @@ def drop(folder: Path, after: int) -> None:
 
 def _steps(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("[0-9]*") if path.is_dir())
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _taken_apart(state: State, seen: set[int],

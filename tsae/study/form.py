@@ -16,6 +16,7 @@ import ipywidgets as widgets
 import numpy as np
 import pandas as pd
 
+from tsae import store
 from tsae.study.agreement import KEY, SCALES
 
 COLUMNS = ["step", *KEY, "shown", *SCALES]  # of a scorer's csv; `shown` is a digest of the text
@@ -151,10 +152,8 @@ class Study:
             file.write(written)
             file.flush()
             os.fsync(file.fileno())
-        if not self._size and os.name == "posix":  # the new file's name too
-            folder = os.open(self.path.parent, os.O_RDONLY)
-            os.fsync(folder)
-            os.close(folder)
+        if not self._size:  # the new file's name too
+            store.sync(self.path.parent)
         self._size += len(written)
         return dict(zip(COLUMNS, row))
 
