@@ -2,7 +2,7 @@
 
 import os
 
-os.environ.update(TQDM_DISABLE="1", TSAE_PNG="0")  # for the kernels of nbval too: no progress bars, no browser
+os.environ.update(TQDM_DISABLE="1", TSAE_PNG="0")  # before tqdm is imported, here; store.py sets both for kernels
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import chromium_driver

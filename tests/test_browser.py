@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 import time
 from dataclasses import replace
 
@@ -330,6 +331,73 @@ def test_search_sort_and_keys(chromium, pages, address):
                  "({target: document.querySelector('#ranges input[aria-label=\"frequency at least\"]')})")
     assert chromium.run("document.getElementById('search').value") == "nosuch>1 frequency>=0.1"
     assert chromium.trouble() == []
+
+
+def test_a_list_opens_with_the_features_worth_reading(chromium, pages, tmp_path):
+    """By a search and a sort; the first eight columns, and the rest by a button; comparisons may have blanks."""
+    text, (one, *others) = pages
+    named = {f"score_{i}": np.arange(len(one.scores)) % (i + 3) for i in range(9)}
+    first = replace(one, scores=one.scores.assign(**named))
+    index = browser.write(tmp_path / "b", text, [first, *others], start=dict(q="score_8>=4", sort="-score_7"))
+    chromium.open(index.as_uri())
+    table = first.scores[first.scores["score_8"] >= 4].sort_values("score_7", ascending=False, kind="stable")
+    assert chromium.run(FEATURES) == table["feature"].tolist()
+    assert chromium.run("document.getElementById('search').value") == "score_8>=4"
+    headings = "[...document.querySelectorAll('#scroll th')].map(h => h.textContent)"
+    few = chromium.run(headings)
+    assert "score_0" in few and "score_7" in few and "score_6" not in few, "eight columns, and the one that sorts"
+    chromium.click("#more")
+    assert "score_6" in chromium.run(headings)
+    assert chromium.run("document.getElementById('more').textContent") == "Fewer columns"
+    chromium.run("location.hash = 'sae=0&q=score_8 > 3  frequency >=0.01&sort='")
+    chromium.until("document.getElementById('search').value.includes('frequency')")
+    wanted = first.scores[(first.scores["score_8"] > 3) & (first.scores["frequency"] >= 0.01)]["feature"].tolist()
+    chromium.until(f"JSON.stringify({FEATURES}) === '{json.dumps(wanted, separators=(',', ':'))}'")
+    chromium.run("document.activeElement.blur()")
+    chromium.press("r")
+    chromium.until(f"{HEADING}.startsWith('Feature ')")
+    assert int(re.search(r"\d+", chromium.run(HEADING))[0]) in wanted, "a random feature of the list"
+
+
+def test_stars_and_notes_are_kept_and_exported(chromium, address):
+    chromium.open(address)
+    chromium.run("localStorage.clear(); location.hash = 'sae=0&feature=7'")
+    chromium.until(f"{HEADING}.startsWith('Feature 7')")
+    chromium.press("s")
+    assert chromium.run("document.querySelector('.star').textContent") == "★"
+    chromium.click("textarea")
+    chromium.type('r: "so, it is"')
+    chromium.run("document.querySelector('textarea').blur()")
+    chromium.call("Page.reload")
+    chromium.until(f"document.readyState === 'complete' && {HEADING}.startsWith('Feature 7')")
+    assert chromium.run("document.querySelector('textarea').value") == 'r: "so, it is"', "letters typed are no commands"
+    assert chromium.run("document.querySelector('.star').textContent") == "★"
+    chromium.press("Escape")
+    chromium.until("!document.getElementById('export').hidden")
+    chromium.run("URL.createObjectURL = file => (window.caught = file, 'blob:null/x')")
+    chromium.click("#export")
+    lines = chromium.run("caught.text()").splitlines()
+    assert lines[0] == "sae,feature,star,note" and lines[1].endswith(',"7","true","r: ""so, it is"""')
+    chromium.run("localStorage.clear()")
+
+
+def test_a_phone_and_paper(chromium, address):
+    """Nothing is wider than 390 px; on paper all of a page is there, with its highlights."""
+    try:
+        chromium.call("Emulation.setDeviceMetricsOverride", width=390, height=800, deviceScaleFactor=1, mobile=True)
+        for view, ready in (("", "document.querySelector('tr.at')"), ("#sae=0&feature=7", f"{HEADING}.startsWith('Feature 7')"),
+                            ("#token=4", "document.querySelector('#answer .sides')")):
+            chromium.open(address + view, ready)
+            assert chromium.run("document.documentElement.scrollWidth") <= 390, view
+        chromium.call("Emulation.clearDeviceMetricsOverride")
+        chromium.open(address + "#sae=0&feature=7", f"{HEADING}.startsWith('Feature 7')")
+        chromium.call("Emulation.setEmulatedMedia", media="print")
+        style = "getComputedStyle(document.getElementById('feature'))"
+        assert chromium.run(f"[{style}.overflow, {style}.printColorAdjust]") == ["visible", "exact"]
+        assert chromium.run("document.documentElement.scrollHeight > innerHeight"), "the page is as long as what it holds"
+    finally:
+        chromium.call("Emulation.clearDeviceMetricsOverride")
+        chromium.call("Emulation.setEmulatedMedia", media="")
 
 
 def test_a_feature_and_its_hostile_text(chromium, pages, address):

@@ -1,6 +1,7 @@
 """The house rules that a machine can keep: imports go down, functions are short, notebooks are clean, figures real."""
 
 import ast
+import inspect
 import os
 import re
 import shutil
@@ -9,6 +10,7 @@ import sys
 from pathlib import Path
 
 import nbformat
+import numpy as np
 import pytest
 import yaml
 
@@ -184,6 +186,32 @@ def test_results_are_those_of_their_manifest():
         assert set(manifest) == {path.name for path in folder.glob("*.csv")}
         for name, line in manifest.items():
             assert store.digest(folder / name) == line["sha256"], f"{name} was changed after {line['notebook']} made it"
+
+
+SHOWN = {  # what a notebook displays of a published table
+    "02": lambda shares: shares[shares["metric"] == "answering"].pivot(index=["inputs", "sae"], columns="bar",
+                                                                       values="value").round(2),
+    "03": lambda fronts: fronts[(fronts["activation"] == "topk") & fronts["metric"].isin(["nmse", "ce_added"])
+                                & (fronts["k"] > 2)].pivot(index=["metric", "k"], columns="table", values="value").round(3),
+    "04": lambda unigram_sensitivity: unigram_sensitivity[np.isclose(unigram_sensitivity["threshold"], 0.2)].pivot(
+        index="size", columns="table", values="share").round(3),
+    "07": lambda effects: effects.set_index(["measure", "view"])[["without table", "with table", "difference", "low", "high",
+                                                                  "says"]].round(3)}
+
+
+@pytest.mark.parametrize("number", SHOWN)
+def test_notebooks_show_the_tables_that_are_published(number):
+    """To the last digit: no stored output can be changed, or be of another run."""
+    path = next(path for path in NOTEBOOKS if path.name.startswith(number))
+    (source,) = inspect.signature(SHOWN[number]).parameters
+    table = SHOWN[number](store.read_table(RESULTS / f"embedded/{source.replace('shares', 'gram_shares')}.csv"))
+    cells = [cell for cell in nbformat.read(path, 4).cells if cell.cell_type == "code"]
+    pages = [output["data"].get("text/html", "") for cell in cells for output in cell.outputs if "data" in output]
+
+    def numbers(page: str) -> list[str]:
+        return re.findall(r"<t[dh][^>]*>([^<]*)</t[dh]>", page)
+
+    assert numbers(table.to_html(notebook=True)) in [numbers(page) for page in pages], "run python -m tsae --publish"
 
 
 @pytest.mark.parametrize("name", readme.PAGES)

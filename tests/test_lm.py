@@ -6,6 +6,7 @@ from conftest import byte_tokenizer, tiny_network
 from families import FAMILIES, POST_NORM, random_network
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import cross_entropy
+from transformers import AutoModelForCausalLM
 
 from tsae import lm as lms
 
@@ -238,6 +239,21 @@ def test_a_suffix_can_stand_where_it_stands_in_its_row(family):
             other = lms.LM(tiny_network(family), byte_tokenizer(), family)
             other.model.transformer.wpe.weight.data[1:3] = lm.model.transformer.wpe.weight.data[end - 1:end + 1]
             assert torch.allclose(other.last(grams[row:row + 1], [2])[2], moved[row:row + 1], atol=1e-5)
+
+
+NO_POSITIONS = {"bloom", "mpt", "rwkv", "mamba", "mamba2"}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_which_models_can_be_told_of_positions(family):
+    """What the model computes decides, not its arguments: with ALiBi they are there and change nothing."""
+    lm = lms.LM(random_network(family), byte_tokenizer(), family)
+    assert lm.takes_positions == (family not in NO_POSITIONS)
+    if family == "falcon":
+        with_alibi = random_network(family).config
+        with_alibi.alibi = True
+        network = AutoModelForCausalLM.from_config(with_alibi).eval()
+        assert not lms.LM(network, byte_tokenizer(), family).takes_positions
 
 
 def test_a_model_that_cannot_be_told_of_positions_says_so():

@@ -185,10 +185,22 @@ class LM:
         kept[:, 0] = False
         return kept if x is None else kept & (x.norm(dim=-1) <= limit)
 
-    @property
+    @cached_property
+    @torch.no_grad()
     def takes_positions(self) -> bool:
-        """Whether the model can be told at which positions tokens stand."""
-        return "position_ids" in signature(self.model.forward).parameters
+        """Whether the model can be told at which positions tokens stand. Forward passes show it.
+
+        Models with ALiBi or without attention compute the same at any; some take the argument.
+        """
+        if "position_ids" not in signature(self.model.forward).parameters:
+            return False
+        tokens = torch.arange(8, device=self.device)[None] % self.vocabulary
+        usual = torch.arange(8, device=self.device)[None]
+        told = [dict(position_ids=at, attention_mask=torch.ones_like(tokens))
+                for at in (usual, usual + (usual > 3))]
+        plain, same, moved = (self.model(input_ids=tokens, use_cache=False, **how).logits.float()
+                              for how in ({}, *told))
+        return torch.allclose(plain, same, atol=1e-3) and not torch.equal(same, moved)
 
     @torch.no_grad()
     def residuals(self, tokens: torch.Tensor, layers: Sequence[int],

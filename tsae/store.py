@@ -15,6 +15,9 @@ from pathlib import Path
 # Threads that wait for each other spin a moment and then sleep. Without this a step takes forty
 # times as long where another process wants the cores. It must be set before torch is loaded.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+if "PYTEST_VERSION" in os.environ:  # in the kernels of nbval too: no progress bars, no pictures
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    os.environ.setdefault("TSAE_PNG", "0")
 
 import numpy as np
 import pandas as pd

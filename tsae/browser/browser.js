@@ -1,8 +1,8 @@
 "use strict";
 (() => {
-const ROW = 36, MARGIN = 12, BEFORE = 24, AFTER = 12;
+const ROW = 36, MARGIN = 12, BEFORE = 24, AFTER = 12, COLUMNS = 8;
 const $ = id => document.getElementById(id);
-let about, text, state = {}, list = null, order = [], at = 0, turn = 0, here = location.hash;
+let about, text, state = {}, list = null, order = [], at = 0, turn = 0, here = location.hash, wide = false;
 
 // Data comes in parts: scripts beside this one that call tsae(key, value), or blocks of JSON inside the page. A page on
 // disk may not fetch, but may load scripts.
@@ -54,7 +54,8 @@ const percent = share => number(100 * share) + " %";
 const hash = params => "#" + new URLSearchParams(Object.entries(params).filter(([, value]) => value !== ""
   && value != null));
 const featureHash = (sae, feature) => hash({ sae, feature });
-const listHash = () => hash({ sae: list ? list.sae : 0, q: $("search").value, sort: list ? list.sort : "" });
+const listHash = () => "#" + new URLSearchParams({ sae: list ? list.sae : 0, q: $("search").value,
+  sort: list ? list.sort : "" });
 function link(to, props, ...children) {
   return make("a", { href: to, ...props, onclick: event => {
     if (event.ctrlKey || event.metaKey || event.shiftKey || event.button) return;
@@ -96,7 +97,10 @@ async function load(sae) {
 
 // A query is words, "quoted words", fires:word, promotes:word and comparisons such as frequency>0.01; all must hold.
 const COMPARISON = /^([^\s<>="]+)(>=|<=|>|<|=)([-+]?(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?)$/i;
-const terms = query => query.match(/(?:[a-z]+:)?"[^"]*"?|\S+/gi) || [];
+// Blanks around a comparison are left out, but for those inside quotation marks.
+const close = query => query.split('"').map((part, i) => i % 2 ? part
+  : part.replace(/([^\s<>="])\s*(>=|<=|[<>=])\s*(?=[-+.\d])/g, "$1$2")).join('"');
+const terms = query => close(query).match(/(?:[a-z]+:)?"[^"]*"?|\S+/gi) || [];
 function tests(table, query) {
   return terms(query).map(term => {
     const found = COMPARISON.exec(term);
@@ -139,8 +143,15 @@ function heading(name, label, kind, width) {
   if (sorted) column.setAttribute("aria-sort", list.sort.startsWith("-") ? "descending" : "ascending");
   return [styled(make("col"), "width", width), column];
 }
+// The first columns, or all of them, and always the one that sorts.
+function shownColumns() {
+  const all = Object.entries(about.saes[list.sae].columns), sorted = list.sort.replace(/^-/, "");
+  $("more").hidden = all.length <= COLUMNS;
+  $("more").textContent = wide ? "Fewer columns" : `${all.length - COLUMNS} more columns`;
+  return Object.fromEntries(all.filter(([name], i) => wide || i < COLUMNS || name === sorted));
+}
 function refresh() {
-  const query = $("search").value, columns = about.saes[list.sae].columns, promoted = list.promotes.some(Boolean);
+  const query = $("search").value, columns = shownColumns(), promoted = list.promotes.some(Boolean);
   order = arrange(list, query, list.sort);
   at = Math.max(0, Math.min(at, order.length - 1));
   list.promoting = promoted;
@@ -176,7 +187,7 @@ function rows() {
 }
 function row(i, place) {
   const to = featureHash(list.sae, list.feature[i]), sorted = list.sort.replace(/^-/, "");
-  const cells = Object.entries(about.saes[list.sae].columns).map(([name, kind]) => {
+  const cells = Object.entries(shownColumns()).map(([name, kind]) => {
     const value = list.columns[name][i];
     return make("td", { className: kind + (name === sorted ? " sorted" : "") }, kind === "number" ? number(value)
       : kind === "text" ? visible(value) : value === null ? "–" : chip(value, true));
@@ -293,6 +304,53 @@ function contexts(found, lines, peak) {
   return make("table", { className: "contexts" }, body);
 }
 
+// Stars and notes: kept by this browser, under the title of the pages, and exported as csv.
+const shelf = () => "tsae:" + about.title;
+function kept() {
+  try { return JSON.parse(localStorage.getItem(shelf())) ?? {}; } catch { return {}; }  // a page without a store
+}
+function keep(sae, feature, change) {
+  const all = kept(), name = `${sae}:${feature}`, one = { star: false, note: "", ...all[name], ...change };
+  if (one.star || one.note) all[name] = one; else delete all[name];
+  try { localStorage.setItem(shelf(), JSON.stringify(all)); } catch { return false; }
+  count();
+  return true;
+}
+function star(sae, feature) {
+  const on = () => !!kept()[`${sae}:${feature}`]?.star;
+  const button = make("button", { className: "star", title: "Star it (s)", ariaPressed: String(on()) }, on() ? "★" : "☆");
+  button.onclick = () => {
+    keep(sae, feature, { star: !on() });
+    button.textContent = on() ? "★" : "☆";
+    button.ariaPressed = String(on());
+  };
+  return button;
+}
+function note(sae, feature) {
+  const field = make("textarea", { ariaLabel: "Your note", rows: 2, value: kept()[`${sae}:${feature}`]?.note ?? "" });
+  field.onchange = () => keep(sae, feature, { note: field.value.trim() });
+  return field;
+}
+function count() {
+  const held = Object.keys(kept()).length;
+  $("export").hidden = !held;
+  $("export").textContent = `Export ${held} starred or noted`;
+}
+function exported() {
+  const cell = value => `"${String(value).replace(/"/g, '""')}"`;
+  const lines = Object.entries(kept()).map(([name, { star, note }]) => {
+    const [sae, feature] = name.split(":");
+    return [about.saes[sae]?.name ?? sae, feature, star, note].map(cell).join(",");
+  });
+  const file = new Blob([["sae,feature,star,note", ...lines, ""].join("\n")], { type: "text/csv" });
+  const address = URL.createObjectURL(file);
+  make("a", { href: address, download: "features.csv" }).click();
+  setTimeout(() => URL.revokeObjectURL(address), 1000);
+}
+function random() {
+  if (order.length) go(featureHash(list.sae, list.feature[order[Math.floor(Math.random() * order.length)]]));
+}
+
 async function showFeature(mine) {
   const sae = state.sae, table = await load(sae), i = table.place.get(state.feature), info = about.saes[sae];
   if (i === undefined)
@@ -302,7 +360,12 @@ async function showFeature(mine) {
   await Promise.all([...wanted].map(async row => lines.set(row,
     (await need("x" + Math.floor(row / about.part.rows)))[row % about.part.rows])));
   if (mine !== turn) return;
-  if (list !== table) { list = table; order = arrange(table, "", table.sort); $("search").value = ""; }
+  if (list !== table) {
+    list = table;
+    list.sort = about.start.sort ?? "";
+    $("search").value = about.start.q ?? "";
+    order = arrange(table, $("search").value, list.sort);
+  }
   const place = order.indexOf(i), kinds = found.contexts;
   if (place >= 0) at = place;
   const counted = found.histogram.reduce((sum, count) => sum + count, 0);
@@ -323,8 +386,9 @@ async function showFeature(mine) {
     make("div", { className: "title" },
       make("h2", { tabIndex: -1 }, `Feature ${state.feature}`, make("small", {}, info.name)),
       make("div", { className: "chips" }, table.tokens[i].slice(0, 5).map(id => chip(id))),
-      make("span", { className: "step" }, counter,
+      make("span", { className: "step" }, star(sae, state.feature), counter,
         step(-1, "Previous feature in the list (k)", "↑"), step(1, "Next feature in the list (j)", "↓"),
+        make("button", { title: "A random feature of the list (r)", onclick: random }, "Random"),
         link(listHash(), { ariaLabel: "Back to the list (Esc)", title: "Back to the list (Esc)" }, "List"))),
     make("div", {},
       everything ? section("Everywhere it fires", `${kinds.top.length} rows of text`, kinds.top) : [
@@ -332,6 +396,7 @@ async function showFeature(mine) {
         section("Around the median", "codes nearest to the median of its firings", kinds.middle),
         section("Random", "drawn from all its firings", kinds.random)]),
     make("aside", {},
+      box("Your note", "kept in this browser", note(sae, state.feature)),
       box("Codes", `${whole.format(counted)} firings, logarithmic`, histogram(found.histogram, found.peak)),
       box("Scores", "and where they rank among all features", scores(table, i),
         ...words.map(([name]) => make("p", { className: "more" }, `${name}: ${visible(table.columns[name][i])}`))),
@@ -399,8 +464,8 @@ function select(place) {
   items[place]?.scrollIntoView({ block: "nearest" });
   $("pick").setAttribute("aria-activedescendant", items[place]?.id || "");
 }
-function close() { $("options").hidden = true; $("pick").setAttribute("aria-expanded", "false"); }
-function choose(id) { close(); $("pick").value = ""; go(hash({ token: id })); }
+function fold() { $("options").hidden = true; $("pick").setAttribute("aria-expanded", "false"); }
+function choose(id) { fold(); $("pick").value = ""; go(hash({ token: id })); }
 
 async function route() {
   const params = new URLSearchParams(here.slice(1)), mine = ++turn;
@@ -436,8 +501,9 @@ async function showList(mine, params) {
   if (mine !== turn) return;
   if (list !== table) { at = 0; $("scroll").scrollTop = 0; }
   list = table;
-  list.sort = params.get("sort") ?? "";
-  $("search").value = params.get("q") ?? "";
+  const start = params.has("q") || params.has("sort") ? {} : about.start;  // a link says what it shows
+  list.sort = params.get("sort") ?? start.sort ?? "";
+  $("search").value = params.get("q") ?? start.q ?? "";
   refresh();
   move(0);
 }
@@ -448,7 +514,7 @@ function fail(where, error) {
 
 document.addEventListener("keydown", event => {
   if (event.ctrlKey || event.metaKey || event.altKey || !about) return;
-  const { key, target } = event, typing = target.matches("input"), pick = $("pick");
+  const { key, target } = event, typing = target.matches("input, textarea"), pick = $("pick");
   const view = ["list", "feature", "token"].find(name => !$(name).hidden);
   const open = document.querySelector("details[open]");
   const step = { j: 1, ArrowDown: 1, k: -1, ArrowUp: -1, PageDown: 15, PageUp: -15, Home: -1e9, End: 1e9 }[key];
@@ -459,7 +525,7 @@ document.addEventListener("keydown", event => {
       if (view === "feature") go(listHash());
       setTimeout(() => (view === "token" ? pick : $("search")).select(), 30);
     }],
-    [target === pick && key === "Escape", () => $("options").hidden ? go(listHash()) : close()],
+    [target === pick && key === "Escape", () => $("options").hidden ? go(listHash()) : fold()],
     [target === pick && (key === "ArrowDown" || key === "ArrowUp"), () => $("options").hidden ? options()
       : select(Math.max(0, Math.min(items.length - 1, chosen + step)))],
     [target === pick && key === "Enter", () => items[chosen]?.click()],
@@ -468,6 +534,9 @@ document.addEventListener("keydown", event => {
     [key === "Escape", () => view === "list" ? move(0) : go(listHash())],
     [target === $("search") && (key === "Enter" || key === "ArrowDown"), () => move(0)],
     [view === "list" && step && !typing && !target.closest("details"), () => move(step)],
+    [key === "r" && !typing && view !== "token", random],
+    [key === "s" && !typing && view === "feature", () => document.querySelector(".star").click()],
+    [typing, null],
     [view === "feature" && (key === "j" || key === "k") && next !== undefined,
       () => go(featureHash(state.sae, list.feature[next]))],
   ].find(([fits]) => fits)?.[1];
@@ -476,17 +545,20 @@ document.addEventListener("keydown", event => {
 document.addEventListener("click", event => {
   for (const open of document.querySelectorAll("details[open]")) if (!open.contains(event.target)) open.open = false;
 });
+$("more").addEventListener("click", () => { wide = !wide; refresh(); });
+$("export").addEventListener("click", exported);
 $("search").addEventListener("input", () => { at = 0; $("scroll").scrollTop = 0; refresh(); });
 $("scroll").addEventListener("scroll", () => requestAnimationFrame(rows));
 window.addEventListener("resize", () => { if (list && !$("list").hidden) rows(); });
 $("pick").addEventListener("input", options);
-$("pick").addEventListener("blur", close);
+$("pick").addEventListener("blur", fold);
 window.addEventListener("hashchange", follow);
 Promise.all([need("about"), need("strings")]).then(([first, second]) => {
   [about, text] = [first, second];
   const facts = { ...about.about, positions: whole.format(about.positions), codes: "in units of the SAE's scale" };
   $("about").querySelector("dl").replaceChildren(
     ...Object.entries(facts).flatMap(([name, value]) => [make("dt", {}, name), make("dd", {}, value)]));
+  count();
   return route();
 }).catch(error => fail($("list"), error));
 })();

@@ -39,7 +39,8 @@ def script_json(value: object) -> str:
 
 
 def data(material: Material, pages: list[Pages], title: str, about: dict[str, str],
-         meanings: dict[str, str]) -> Iterator[tuple[str, object]]:
+         meanings: dict[str, str],
+         start: dict[str, str] | None = None) -> Iterator[tuple[str, object]]:
     """Everything that the pages show, as pairs (key, value) of what is loaded at once."""
     seen = set(material.t.tolist())
     if not pages or any(set(page.tokens) != seen for page in pages):
@@ -48,6 +49,7 @@ def data(material: Material, pages: list[Pages], title: str, about: dict[str, st
             for page in pages]
     facts = {key: str(value) for key, value in about.items()}
     yield "about", dict(title=title, about=facts, meanings=MEANINGS | meanings, part=PART,
+                        start=start or {},
                         positions=len(material.t), saes=saes)
     seen = token_ids(material.t).cpu().numpy()
     counts = np.bincount(seen, minlength=len(material.strings)).tolist()
@@ -112,11 +114,13 @@ def _page(title: str, policy: str, head: str, scripts: str) -> str:
 
 
 def write(folder: str | Path, material: Material, pages: list[Pages], title: str = "Features",
-          about: dict[str, str] | None = None, meanings: dict[str, str] | None = None) -> Path:
+          about: dict[str, str] | None = None, meanings: dict[str, str] | None = None,
+          start: dict[str, str] | None = None) -> Path:
     """Write the browser as a folder, whole or not at all; returns its index.html.
 
     An older browser there is replaced. `about`: facts that the pages state (model, layer, text);
-    `meanings`: what a score is, by the name of its column.
+    `meanings`: what a score is, by the name of its column; `start`: the search `q` and the column
+    `sort` (behind a minus: the largest first) that a list opens with.
     """
     folder = Path(folder)
     index = folder / "index.html"
@@ -134,7 +138,7 @@ def write(folder: str | Path, material: Material, pages: list[Pages], title: str
         (new / "data").mkdir()
         for name in ("browser.css", "browser.js"):
             shutil.copyfile(ASSETS / name, new / name)
-        for key, value in data(material, pages, title, about or {}, meanings or {}):
+        for key, value in data(material, pages, title, about or {}, meanings or {}, start):
             line = f'tsae("{key}",{script_json(value)})\n'
             (new / "data" / f"{key}.js").write_text(line, encoding="ascii")
         (new / "index.html").write_text(page, encoding="utf-8")
@@ -160,14 +164,15 @@ def _replace(folder: Path, new: Path) -> None:
 
 
 def write_one(path: str | Path, material: Material, pages: list[Pages], title: str = "Features",
-              about: dict[str, str] | None = None, meanings: dict[str, str] | None = None) -> Path:
+              about: dict[str, str] | None = None, meanings: dict[str, str] | None = None,
+              start: dict[str, str] | None = None) -> Path:
     """The same pages in one file, loaded whole: for thousands of features, not for more."""
     style = (ASSETS / "browser.css").read_text(encoding="utf-8")
     code = (ASSETS / "browser.js").read_text(encoding="utf-8")
     policy = (f"default-src 'none'; script-src '{_digest(code)}'; style-src '{_digest(style)}'; "
               "form-action 'none'")
     blocks = [f'<script type="application/json" id="data-{key}">{script_json(value)}</script>'
-              for key, value in data(material, pages, title, about or {}, meanings or {})]
+              for key, value in data(material, pages, title, about or {}, meanings or {}, start)]
     scripts = "\n".join([*blocks, f"<script>{code}</script>"])
     return store.write_text(path, _page(title, policy, f"<style>{style}</style>", scripts))
 
