@@ -279,6 +279,17 @@ def test_the_form_works_without_a_mouse(tmp_path):
     assert "changed meanwhile" in said.value
 
 
+def test_without_a_kernel_there_is_a_picture(tmp_path, monkeypatch):
+    shown = []
+    monkeypatch.setattr(form, "display", lambda bundle, raw: shown.append(bundle))
+    study = form.Study(contexts(), tmp_path, "ada")
+    form.show(study)
+    assert "application/vnd.jupyter.widget-view+json" in shown[0] and "0 of 22" in shown[0]["text/html"]
+    assert f"{study.next[2]} " in shown[0]["text/html"] and not any(source in shown[0]["text/html"] for source in SECRET)
+    form.show(finish(study))
+    assert "22 of 22" in shown[1]["text/html"]
+
+
 def test_all_text_is_escaped(tmp_path):
     hostile = pd.DataFrame([dict(code=1.0, before="<script>alert(1)</script>", token="a&b", after="</td><img src=x>")])
     page = form.contexts_html(hostile, "<b>title</b>")

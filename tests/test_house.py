@@ -160,6 +160,9 @@ def test_notebooks_are_clean_runs(path):
     outputs = [output for cell in cells for output in cell.outputs]
     assert not any(output.get("name") == "stderr" for output in outputs), "no remains of progress bars"
     assert cells[-1].source.startswith("# check\n") and "assert" in cells[-1].source
+    for cell in cells:
+        made_by = re.findall(r'store\.result\(\w+, "?\w+"?, \w+, ([^,)\s]+)', cell.source)
+        assert set(made_by) <= {"this.name"}, "a table names the notebook that made it"
     assert path.stat().st_size < 2e6
 
 

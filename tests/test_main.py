@@ -55,11 +55,12 @@ def test_training_runs_on_a_local_folder_in_hub_format(preset, family, model_fol
 
 
 def test_the_gpt2_preset_runs_from_statistics_to_evidence(model_folder, corpus, tmp_path, capsys):
-    run("gpt2-small", tmp_path / "run", "01", "02", "03", "04", "05", "07", model=model_folder("gpt2"), corpus=corpus, **SMALL)
+    notebooks = "01", "02", "03", "04", "05", "07", "08"
+    run("gpt2-small", tmp_path / "run", *notebooks, model=model_folder("gpt2"), corpus=corpus, **SMALL)
     evidence = store.read_table(tmp_path / "run/tables/evidence.csv")
     assert evidence["id"].astype(str).str.extract(r"(\d+)")[0].nunique() >= 10, "every claim of the paper has its line"
     said = capsys.readouterr().out
-    assert said.count("done in") == 6 and "not testable here: no table here" in said
+    assert said.count("done in") == 7 and "not testable here: no table here" in said
     assert max(map(len, said.partition("   1  ")[2].splitlines())) <= 80, "the evidence fits a terminal"
 
 
@@ -120,7 +121,7 @@ def test_notebooks_run_in_order_and_once(house, capsys):
     assert (house / "ran.txt").read_text() == "4 1\na True\n"
     command.main(arguments)
     assert (house / "ran.txt").read_text() == "4 1\na True\n" and capsys.readouterr().out.count("done before") == 2
-    with pytest.raises(SystemExit, match=r"holds a run .*name=its default.*name another folder"):
+    with pytest.raises(SystemExit, match=r"holds a run .*name='a'.*name another folder"):
         command.main([*arguments, "-p", "name=b"])
     assert json.loads((house / "run/done/02_second.json").read_text())["parameters"] == dict(flag=True)
     assert (house / "run/notebooks/02_second.ipynb").is_file()
@@ -170,16 +171,52 @@ def test_a_kernel_that_dies_is_said_to_want_memory(house):
     assert "Traceback" not in err
 
 
-def test_notebooks_that_need_no_other_run_side_by_side(house):
-    """`jobs` at a time; the last one draws from all others, and a notebook waits for the one whose SAEs it finds."""
-    paths = [house / f"{name}.ipynb" for name in ("00_a", "02_b", "03_c", "04_d", "05_figures", "10_e")]
+def test_notebooks_that_share_no_saes_run_side_by_side(house):
+    """`jobs` at a time; the last one draws from all others, and of those that share SAEs one runs at a time."""
+    paths = [house / f"{name}.ipynb" for name in ("00_a", "02_b", "03_c", "04_d", "10_e", "05_figures")]
 
     def order(waiting, running, jobs):
         return [path.name[:2] for path in execute._next(waiting, running, jobs)]
 
     assert order(paths, [], 1) == ["00"] and order(paths, [], 2) == ["03", "00"]
-    assert order([path for path in paths if path.name[:2] not in ("00", "03")], [paths[2]], 2) == ["10"]
-    assert order([paths[1], paths[3], paths[4]], [], 3) == ["04", "02"] and order([paths[4]], [], 2) == ["05"]
+    assert order([paths[1], paths[3], paths[4], paths[5]], [paths[2]], 3) == ["10"]
+    assert order([paths[1], paths[3], paths[5]], [], 3) == ["02"] and order([paths[5]], [], 2) == ["05"]
+    assert order([paths[5]], [paths[3]], 2) == [] and order([paths[5]], [], 1) == ["05"]
+
+
+def test_a_default_run_is_done_once_and_a_failed_one_is_not(house, capsys):
+    """A notebook that reads no tables does not run again for those of others; what fails was not done."""
+    nb = nbformat.read(house / "notebooks/01_first.ipynb", 4)
+    nb.cells[1].source = ("import pandas as pd\nfrom pathlib import Path\nfrom tsae import store\n"
+                          "store.result(Path(run_name), 'a', pd.DataFrame(dict(a=[size])), '01_first')")
+    nbformat.write(nb, house / "notebooks/01_first.ipynb")
+    command.main([])
+    command.main([])
+    assert capsys.readouterr().out.count("done before") == 2
+    whole = nb.cells[1].source
+    nb.cells[1].source = whole + "\nraise ValueError('no')"
+    nbformat.write(nb, house / "notebooks/01_first.ipynb")
+    with pytest.raises(SystemExit, match="01_first stopped: ValueError: no"):
+        command.main([])
+    nb.cells[1].source = whole
+    nbformat.write(nb, house / "notebooks/01_first.ipynb")
+    capsys.readouterr()
+    command.main([])
+    assert "01_first  running" in capsys.readouterr().out, "its tables may be those of the run that failed"
+
+
+@pytest.mark.parametrize("text, read", [
+    ("name=a: b: c", "a: b: c"), ("name= of", " of"), ("ks=[4,8", "[4,8"), ("flag=true", True), ("name='x'", "x")])
+def test_assignments_are_read_as_they_stand(text, read):
+    assert command.read_assignment(text)[1] == read
+
+
+def test_a_preset_elsewhere_has_a_folder_of_its_own():
+    assert command.folder_name("smollm2", dict(k=8), {}) == "smollm2"
+    assert command.folder_name("/tmp/smollm2.yaml", dict(k=8), {}) != command.folder_name("/tmp/smollm2.yaml", dict(k=4), {})
+    assert command.folder_name("smollm2", dict(k=8, memory_gb=1.0), dict(memory_gb=1.0)) == "smollm2"
+    with pytest.raises(SystemExit, match="give the run folder by --out"):
+        command.read_assignment("run_name=mine")
 
 
 def test_what_would_run_and_what_there_is(house, capsys):
@@ -202,7 +239,6 @@ def test_cleaning_asks_for_each_folder(house, capsys, monkeypatch):
     answers = iter(["n", "y"])
     monkeypatch.setattr("builtins.input", lambda question: print(question) or next(answers))
     command.main(["--clean"])
-    assert not (store.DATA / "runs/embedded/run.json").exists() or not (store.DATA / "runs/other").exists()
     assert [path.name for path in (store.DATA / "runs").iterdir()] == ["embedded"]
     assert capsys.readouterr().out.count("remove ") == 2
 
@@ -262,8 +298,6 @@ def test_what_is_not_a_whole_run_of_the_preset_is_not_published(tmp_path, monkey
     monkeypatch.setattr(execute.papermill, "execute_notebook", lambda _, out, *a, **k: open(out, "w").close())
     path, folder = tmp_path / "01_a.ipynb", tmp_path / "run"
     path.write_text(json.dumps(dict(cells=[])))
-    with pytest.raises(SystemExit, match="lacks .*fronts.csv.* run all notebooks before --publish"):
-        command.publish(folder, "embedded", {})
     with pytest.raises(SystemExit, match="01_a are missing or older: run all notebooks"):
         command.publish(folder, "new", {path: dict(k=8)})
     execute.run(path, dict(k=8), folder, "a")
@@ -274,6 +308,12 @@ def test_what_is_not_a_whole_run_of_the_preset_is_not_published(tmp_path, monkey
     command.publish(folder, "new", {path: dict(k=8)})
     assert (tmp_path / "data/results/new/norms.csv").read_text() == "a\n1\n"
     assert store.read_json(tmp_path / "data/results/new/times.json")["seconds"].keys() == {"01_a"}
+    store.result(folder, "other", pd.DataFrame(dict(a=[1])), "06_of_another_try")
+    store.no_result(folder, "norms")
+    store.result(folder, "share", pd.DataFrame(dict(a=[3])), "01_a")
+    command.publish(folder, "new", {path: dict(k=8)})
+    assert {file.name for file in (tmp_path / "data/results/new").glob("*.csv")} == {"share.csv"}, "what it makes now, no more"
+    store.result(folder, "norms", pd.DataFrame(dict(a=[1])), "01_a")
     (folder / "tables/norms.csv").write_text("a\n2\n")
     with pytest.raises(SystemExit, match="norms.csv in .* were changed after a notebook made them"):
         command.publish(folder, "new", {path: dict(k=8)})

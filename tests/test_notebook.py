@@ -37,7 +37,8 @@ def started(**changes) -> notebook.Notebook:
 @pytest.mark.parametrize("changes, words", [
     (dict(k=0), "k is 0: expected more than 0"), (dict(seeds=[]), "seeds is empty: at least one entry"),
     (dict(context=1), "context is 1: expected 2 or more"), (dict(seeds="[0, 1]"), "papermill takes by -y '{seeds: .0, 1.}'"),
-    (dict(k=128), "k is 128, more than the 64 of n_features"), (dict(k=True), "k is True, a bool: expected int such as 8"),
+    (dict(k=128), "k is 128, more than the 64 of n_features"),
+    (dict(lr=float("inf")), "lr is inf: expected a number"), (dict(k=True), "k is True, a bool: expected int such as 8"),
     (dict(k=[8]), r"k is \[8\], a list: expected int"), (dict(browse=1), "browse is 1, a int: expected bool"),
     (dict(seeds=[0, "1"]), "seeds has the entry '1', a str: expected int"), (dict(seeds=[1, 1]), "seeds has 1 twice"),
     (dict(seeds=[-1]), "an entry of seeds is -1: expected 0 or more"), (dict(layers=["3"]), "layers has the entry '3'"),
@@ -72,36 +73,50 @@ def test_other_parameters_go_to_another_folder(house):
     other = started(k=4)
     assert other.folder.parent == runs and other.folder != first.folder and not other.by_default
     assert started(k=4).folder == other.folder != started(k=2).folder and started().folder == first.folder
-    with pytest.raises(ValueError, match=r"embedded holds a run of other parameters \(k=its default\): name another folder"):
+    with pytest.raises(ValueError, match=r"embedded holds a run of other parameters \(k=8\): name another folder"):
         started(run_name="embedded", k=4)
     assert started(run_name="mine", k=4).folder == runs / "mine" == started(run_name="mine", k=4).folder
     with pytest.raises(ValueError, match=r"mine holds a run of other parameters \(k=4\)"):
         started(run_name="mine")
 
 
-def test_a_preset_keeps_its_folder_when_its_file_changes(tmp_path):
-    def noted(**changed) -> dict:
-        return {"03_a": dict(names=["k", "lr"], changed=changed)}
+KNOWN = dict(run_name="", k=8, lr=0.1, tokens=300, scorer="me")
+OTHER = KNOWN | dict(tokens=150)  # a notebook with another default
 
-    notebook.settle(tmp_path, noted(k=8, lr=0.1), "smollm2")
-    notebook.settle(tmp_path, noted(k=8, lr=0.1))
+
+def test_a_preset_keeps_its_folder_when_its_file_changes(tmp_path):
+    def noted(**given) -> dict:
+        return {"03_a": notebook.described(given, KNOWN)}
+
+    notebook.settle(tmp_path, noted(k=8, lr=0.2), "smollm2")
+    notebook.settle(tmp_path, noted(k=8, lr=0.2, scorer="ada"))
     with pytest.raises(ValueError, match="holds a run of preset 'smollm2' .k=8."):
-        notebook.settle(tmp_path, noted(k=4, lr=0.1))
+        notebook.settle(tmp_path, noted(k=4, lr=0.2))
     with pytest.raises(ValueError, match="holds a run of preset 'smollm2'"):
-        notebook.settle(tmp_path, noted(k=8, lr=0.1), "smollm2-ab12")
+        notebook.settle(tmp_path, noted(k=8, lr=0.2), "smollm2-ab12")
     notebook.settle(tmp_path, noted(k=4), "smollm2")
     assert store.read_json(tmp_path / "run.json") == dict(preset="smollm2", notebooks=noted(k=4))
 
 
-def test_notebooks_of_one_run_share_what_they_share(tmp_path):
-    """A parameter may have another default in another notebook; what was changed must be changed in both."""
-    first = dict(names=["k", "tokens"], changed=dict(k=4))
-    second = dict(names=["k", "tokens", "rows"], changed=dict(k=4, rows=2))
-    notebook.settle(tmp_path, {"03_a": first})
-    notebook.settle(tmp_path, {"04_b": second})
-    with pytest.raises(ValueError, match="tokens=its default"):
-        notebook.settle(tmp_path, {"04_b": second | dict(changed=dict(k=4, tokens=9))})
-    assert set(store.read_json(tmp_path / "run.json")["notebooks"]) == {"03_a", "04_b"}
+@pytest.mark.parametrize("given, fits", [
+    ({}, True), (dict(k=4), True), (dict(tokens=300), True), (dict(tokens=150), True), (dict(tokens=77), True)])
+def test_a_parameter_may_have_another_default_in_another_notebook(tmp_path, given, fits):
+    """What is given to all notebooks of a run never speaks against itself."""
+    notebook.settle(tmp_path, {"03_a": notebook.described(given, KNOWN), "06_b": notebook.described(given, OTHER)})
+    notebook.settle(tmp_path, {"06_b": notebook.described(given, OTHER)})
+    notebook.settle(tmp_path, {"03_a": notebook.described(given, KNOWN)})
+
+
+def test_notebooks_of_one_run_share_what_was_changed(tmp_path):
+    notebook.settle(tmp_path, {"03_a": notebook.described(dict(tokens=9), KNOWN)})
+    with pytest.raises(ValueError, match="tokens=9"):
+        notebook.settle(tmp_path, {"06_b": notebook.described({}, OTHER)})
+    with pytest.raises(ValueError, match="tokens=9"):  # the notebook's own cell was changed, and saved
+        notebook.settle(tmp_path, {"03_a": notebook.described({}, KNOWN | dict(tokens=10))})
+
+
+def test_two_scorers_share_a_folder(house):
+    assert notebook.changes(dict(scorer="ada", memory_gb=1.0, k=8), KNOWN | dict(memory_gb=4.0)) == {}
 
 
 def test_findings_are_asserted_with_the_defaults_only(capsys):

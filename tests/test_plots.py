@@ -62,6 +62,8 @@ def renamed(**names: str) -> pd.DataFrame:
 
 STEPS = pd.DataFrame([dict(contender="tsae", cell=cell, n=2 * n, d=d, k=4, seconds=0.1)
                       for cell in ("base", "n", "d", "k") for n in (8, 20_000) for d in (2, 3)])
+NULLS = pd.DataFrame([dict(null=null, table=plots.WITH, metric=metric, value=0.9) for null in ("trained", "permuted")
+                      for metric in ("complexity_1", "fuzzing", "nmse")])
 INPUTS = {
     "loss_curve": (renamed(step="n", train="low", validation="high").drop(columns="value"),),
     "norms": (renamed(norm="value"),), "token_share": (renamed(predictor="sae", r2="value"),),
@@ -76,7 +78,7 @@ INPUTS = {
     "unigram_classes": (renamed(size="n", answers="position", share="value").astype({"answers": str}),),
     "thresholds": (renamed(threshold="n", share="value"), 1.5), "cost": (STEPS,), "ladder": (KINDS,),
     "complexity_by_frequency": (renamed(frequency="value"),),
-    "plane": (renamed(k="n", fuzzing="low", complexity_1="high", l0="n").assign(architecture="topk"),),
+    "plane": (renamed(k="n", fuzzing="low", complexity_1="high", l0="n").assign(architecture="topk"), NULLS),
     "table_quality": (renamed(cosine_unigram="value", cosine_mean="low", ratio_mean="high", nmse_table="low",
                               nmse="value").drop(columns="value"),)}
 VERDICTS = re.compile(r"\b(better|best|worse|worst|more|most|fewer|less|few|only|nearly|almost|enormously|strongly|handful|"
@@ -93,10 +95,20 @@ def test_every_figure_has_a_table_here():
 @pytest.mark.parametrize("name", INPUTS)
 def test_a_figure_names_quantities_and_fits_the_page(name):
     figure = getattr(plots, name)(*INPUTS[name])
-    assert figure.data and figure.layout.width <= 1060 and figure.layout.height <= 600
+    assert figure.data and figure.layout.width <= 940 and figure.layout.height <= 600, "a cell beside the sidebar"
+    assert figure.layout.legend.orientation == "h" and figure.layout.legend.y < 0, "the legend stands below"
+    for trace in figure.data:  # under the mouse stand names, as in "position 115, cosine 0.82"
+        assert not re.search(r"=|<br>|^x |, y ", trace.hovertemplate or ""), trace.hovertemplate
     title = figure.layout.title.text
     assert (title or name in ("bars", "gains")) and not VERDICTS.search(title), "a title holds whatever the data say"
     assert not any("=" in heading.text for heading in figure.layout.annotations)
+
+
+def test_nulls_stand_beside_the_saes_on_the_plane():
+    alone, beside = plots.plane(INPUTS["plane"][0]), plots.plane(*INPUTS["plane"])
+    assert len(alone.data) == 2 and {trace.name for trace in beside.data} - {trace.name for trace in alone.data} == {
+        f"{plots.WITH}, permuted"}
+    assert [trace.marker.symbol for trace in beside.data if "permuted" in trace.name] == ["hexagon-open"]
 
 
 def test_titles_with_a_verdict_are_recognised():

@@ -38,10 +38,17 @@ def read_assignment(text: str) -> tuple[str, object]:
     name, equals, value = text.partition("=")
     if not equals or not name:
         raise SystemExit(f"-p takes name=value, got {text!r}")
+    if name == "run_name":
+        raise SystemExit("-p run_name is not for the command: give the run folder by --out")
     try:
         return name, ast.literal_eval(value)  # numbers and lists as Python writes them
     except (ValueError, SyntaxError):
-        return name, yaml.safe_load(value)  # true, false and plain words
+        pass
+    try:
+        read = yaml.safe_load(value)  # true and false
+    except yaml.YAMLError:
+        read = value
+    return name, read if isinstance(read, (bool, int, float, list)) else value
 
 
 def publish(folder: Path, preset: str, notebooks: dict[Path, dict[str, object]]) -> None:
@@ -51,10 +58,9 @@ def publish(folder: Path, preset: str, notebooks: dict[Path, dict[str, object]])
     the inputs of now. Pictures of the preset "embedded" go to figures/. The README's tables are
     written anew.
     """
-    results, made = store.DATA / "results" / preset, execute.manifest_of(folder / "tables")
-    if lacking := sorted(execute.manifest_of(results).keys() - made.keys()):
-        raise SystemExit(f"{folder} lacks {', '.join(lacking)}, which were published before: run "
-                         "all notebooks before --publish")
+    results, names = store.DATA / "results" / preset, {path.stem for path in notebooks}
+    made = {name: line for name, line in execute.manifest_of(folder / "tables").items()
+            if line["notebook"] in names}  # not those of others, tried in the same folder
     if undone := [path.stem for path, own in notebooks.items()
                   if not execute.is_done(path, own, folder)]:
         raise SystemExit(f"{folder} is not a whole run of the preset as it stands, "
@@ -65,14 +71,24 @@ def publish(folder: Path, preset: str, notebooks: dict[Path, dict[str, object]])
         raise SystemExit(f"{', '.join(changed)} in {folder} were changed after a notebook made "
                          "them: remove its folder `done` and run again")
     figures = store.ROOT / "figures" if preset == "embedded" else results
-    for part, place, pattern in (("tables", results, "*.csv"), ("figures", figures, "*.png")):
-        for file in sorted((folder / part).glob(pattern)):
-            with store.replacing(place / file.name) as temporary:
-                shutil.copyfile(file, temporary)
+    pictures = sorted((folder / "figures").glob("*.png"))
+    for place, old in ((results, results.glob("*.csv")), (figures, figures.glob("*.png"))):
+        new = {*made, *(file.name for file in pictures)}
+        for file in [file for file in old if file.name not in new]:
+            file.unlink()  # it is made no more
+        for file in pictures if place == figures else []:
+            _copy(file, place)
+    for name in made:
+        _copy(folder / "tables" / name, results)
     store.write_json(results / "manifest.json", made)
     store.write_json(results / "times.json", overview.times(folder, notebooks))
     if preset in readme.PRESETS:
         readme.tie()
+
+
+def _copy(file: Path, folder: Path) -> None:
+    with store.replacing(folder / file.name) as temporary:
+        shutil.copyfile(file, temporary)
 
 
 def fetch_inputs(settings: dict[str, object]) -> None:
@@ -153,11 +169,19 @@ def show_evidence(folder: Path) -> None:
         print(textwrap.indent(textwrap.fill(f"{row.claim} [{row.paper}]", 74), " " * 6))
 
 
+def folder_name(preset: str, settings: dict[str, object], assigned: dict[str, object]) -> str:
+    """The preset's name, with a hash where it lies elsewhere or parameters are given."""
+    name = Path(preset).stem
+    if preset != name:
+        name += f"-{store.key(**settings)}"
+    changed = {key: value for key, value in assigned.items() if key not in notebook.AROUND}
+    return name + (f"-{store.key(**changed)}" if changed else "")
+
+
 def settle(folder: Path, preset: str, settings: dict[str, object]) -> None:
     """Note what the run folder is for. SystemExit if it is for another run, or read-only."""
     known = {path.stem: notebook.declared(path) for path in chosen([])}
-    wanted = {name: dict(names=sorted(names), changed=notebook.changes(settings, names))
-              for name, names in known.items()}
+    wanted = {name: notebook.described(settings, names) for name, names in known.items()}
     try:
         notebook.settle(folder, wanted, preset)
     except ValueError as error:
@@ -179,10 +203,11 @@ def main(arguments: list[str] | None = None) -> None:
     settings = read_preset(options.preset) | assigned
     of_preset, jobs = settings.pop("only", []), settings.pop("jobs", 1)
     of_preset = of_preset if isinstance(of_preset, list) else [of_preset]
+    if not isinstance(jobs, int) or jobs < 1:
+        raise SystemExit(f"jobs is {jobs!r} in preset {options.preset}: 1 or more was expected")
     if options.publish and (assigned or not (PRESETS / f"{options.preset}.yaml").is_file()):
         raise SystemExit("--publish is for a preset of notebooks/presets as it stands, without -p")
-    name = Path(options.preset).name.removesuffix(".yaml")
-    name += f"-{store.key(**assigned)}" if assigned else ""
+    name = folder_name(options.preset, settings, assigned)
     folder = Path(options.out).resolve() if options.out else store.DATA / "runs" / name
     settings["run_name"] = str(folder)
     plan = planned(settings, options.only or of_preset)

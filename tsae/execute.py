@@ -2,11 +2,11 @@
 
 import json
 import logging
-import os
 import signal
 import sys
 import time
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 from pathlib import Path
 
 import papermill
@@ -17,23 +17,22 @@ from tsae import fetch, store
 
 VERSION = 1  # of finished notebooks: raise it when metrics or scores give other results
 LAST = "05_figures"  # it draws from the tables of all others
-# Which notebooks find their SAEs where another trained them. Alone they train them themselves.
-AFTER = {"02": "03", "04": "03", "07": "04", "08": "04"}
+# These share SAEs: one at a time, in this order, each finds those that the ones before trained.
+SHARE = ("03", "02", "04", "07", "08")
 
 
 def key_of(path: Path, parameters: dict[str, object], folder: Path) -> str:
     """What names a finished notebook: its inputs.
 
-    They are its code, its parameters but for where the run lies, what lies at those that are
-    paths, every VERSION of the package, and the tables it reads. A finished run that was moved or
-    copied is still finished.
+    They are its code, its parameters but for where the run lies, what lies at its model and
+    corpus, every VERSION of the package, and the tables that LAST reads. A finished run that was
+    moved or copied is still finished.
     """
     own = own_of(parameters)
-    inputs = [str(own.get("model", "")), *corpora(own)]
+    inputs = [str(own.get("model", "")), str(own.get("saelens", "")), *corpora(own)]
     wheels = fetch.known("model") | fetch.known("corpus")
     files = {name: wheels.get(name) or store.stamp(name) for name in inputs if name}
-    reads = parameters.keys() == {"run_name"}  # tables alone, as LAST does
-    tables = made_before(folder, path) if reads else {}
+    tables = made_before(folder, path) if path.stem == LAST else {}
     return store.key(notebook=code_of(path), parameters=own, versions=store.versions(),
                      files=files, tables=tables)
 
@@ -53,11 +52,9 @@ def is_done(path: Path, parameters: dict[str, object], folder: Path) -> bool:
 def execute(plan: dict[Path, dict[str, object]], folder: Path, jobs: int) -> None:
     """Run the notebooks of `plan`, each with its parameters, `jobs` at a time.
 
-    Each has its share of the cores; results do not depend on it. SystemExit, in a sentence, for
-    one that fails. It, and KeyboardInterrupt, stop the others: they write their checkpoints.
+    SystemExit, in a sentence, for one that fails. It, and KeyboardInterrupt, stop the others:
+    they write their checkpoints.
     """
-    if jobs > 1:
-        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))
     logging.getLogger("papermill").setLevel(logging.CRITICAL)  # what fails is said once, below
     waiting, running = list(plan), {}
     labels = {path: f"[{i}/{len(plan)}] {path.stem}" for i, path in enumerate(plan, 1)}
@@ -75,13 +72,16 @@ def execute(plan: dict[Path, dict[str, object]], folder: Path, jobs: int) -> Non
 
 
 def _next(waiting: list[Path], running: list[Path], jobs: int) -> list[Path]:
-    """The notebooks to start now, in order: those that need no other one that is not done."""
-    open_ones = {path.name[:2] for path in [*waiting, *running]}
-    ready = [path for path in waiting if AFTER.get(path.name[:2]) not in open_ones or jobs == 1]
-    ready = [path for path in ready if path.stem != LAST or len(open_ones) == 1]
-    needed = set(AFTER.values())
-    ready.sort(key=lambda path: jobs > 1 and path.name[:2] not in needed)  # others wait for these
-    return ready[:jobs - len(running)]
+    """The notebooks to start now: LAST when it is alone, the next of SHARE when none of it runs."""
+    others = [path for path in waiting if path.stem != LAST]
+    if jobs == 1 or not others:
+        return waiting[:jobs - len(running)] if others or not running else []
+    chain = sorted((path for path in others if path.name[:2] in SHARE),
+                   key=lambda path: SHARE.index(path.name[:2]))
+    if any(path.name[:2] in SHARE for path in running):
+        chain = []
+    free = [path for path in others if path.name[:2] not in SHARE]
+    return [*chain[:1], *free][:jobs - len(running)]
 
 
 def _tell(running: dict[Future, Path], folder: Path, labels: dict[Path, str], shown: bool) -> None:
@@ -106,11 +106,12 @@ def _progress(executed: Path) -> str:
 
 def _stop(running: list[Future]) -> None:
     """Interrupt the kernels, which are this process's children; kill those that go on."""
-    for kernel in psutil.Process().children():
-        kernel.send_signal(signal.SIGINT)
-    if wait(running, timeout=60).not_done:
+    for attempt in range(6):  # a kernel between two cells does not listen
         for kernel in psutil.Process().children():
-            kernel.kill()
+            with suppress(psutil.NoSuchProcess):
+                kernel.send_signal(signal.SIGINT) if attempt < 5 else kernel.kill()
+        if not wait(running, timeout=30).not_done:
+            return
 
 
 def run(path: Path, parameters: dict[str, object], folder: Path, label: str,
@@ -124,8 +125,9 @@ def run(path: Path, parameters: dict[str, object], folder: Path, label: str,
         return
     print(f"{label}  running", flush=True)
     key, started = key_of(path, parameters, folder), time.monotonic()
-    executed = folder / "notebooks" / path.name
+    executed, done = folder / "notebooks" / path.name, folder / f"done/{path.stem}.json"
     executed.parent.mkdir(parents=True, exist_ok=True)
+    done.unlink(missing_ok=True)  # its tables are about to change
     try:
         papermill.execute_notebook(
             str(path), str(executed), parameters, progress_bar=bar and sys.stderr.isatty(),
@@ -137,8 +139,8 @@ def run(path: Path, parameters: dict[str, object], folder: Path, label: str,
                     "smaller sizes (-p memory_gb=1)")
         raise SystemExit(f"{path.stem} stopped: {said}\nIts copy is in {executed.parent}") from None
     seconds = time.monotonic() - started
-    store.write_json(folder / f"done/{path.stem}.json",
-                     dict(key=key, parameters=own_of(parameters), seconds=round(seconds, 1)))
+    store.write_json(done, dict(key=key, parameters=own_of(parameters),
+                                seconds=round(seconds, 1)))
     print(f"{label}  done in {seconds:.0f} s", flush=True)
 
 

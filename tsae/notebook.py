@@ -3,8 +3,11 @@
 import ast
 import difflib
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
+
+from filelock import FileLock
 
 from tsae import store
 
@@ -14,7 +17,11 @@ LEAST = {"context": 2, "layer": -1, "second_layer": -1, "outliers": 0, "store_gb
          "text_tokens": 0, "distinct_tokens": 0, "effect_features": 0, "layers": 0, "seed": 0,
          "seeds": 0, "lm_seed": 0, "speedup_layers": 0, "strength": float("-inf"), "threshold": 0,
          "relu_sparsity": 0, "jumprelu_sparsity": 0, "gated_sparsity": 0, "warmup_steps": 0}
+AROUND = {"run_name", "scorer", "judge_url", "judge_model", "browse", "features_to_score",
+          "memory_gb", "store_gb"}  # change no table: they may change within a run
 NOT_EMPTY = {"arm_names", "ks", "lengths", "main_ks", "seeds", "sizes"}
+DICTIONARY = {name: "n_features" for name in ("k", "ks", "main_ks", "plain_ks", "ks_sparser",
+                                              "ks_batchtopk")} | {"silent_ks": "silent_features"}
 ENTRIES = {"layers": 0, "rates": 0.001}  # what a list holds whose default is empty
 
 
@@ -72,11 +79,10 @@ def check(given: dict[str, object], known: dict[str, object]) -> None:
             hint = f": did you mean {near[0]!r}?" if near else ""
             raise ValueError(f"no notebook has a parameter {name!r}{hint}")
         _check_one(name, value, known[name])
-    most = given.get("n_features")
-    for name in ("k", "ks", "main_ks"):
-        active = given.get(name, 0)
-        if most and max(active if isinstance(active, list) else [active]) > most:
-            raise ValueError(f"{name} is {active}, more than the {most} of n_features")
+    for name, size in DICTIONARY.items():
+        most, active = given.get(size, 0), given.get(name, 0)
+        if most and max(active if isinstance(active, list) else [active], default=0) > most:
+            raise ValueError(f"{name} is {active}, more than the {most} of {size}")
 
 
 def _check_one(name: str, value: object, default: object) -> None:
@@ -113,7 +119,9 @@ def _in_range(what: str, name: str, value: object) -> None:
     if isinstance(value, (bool, str, list)):
         return
     low = LEAST.get(name, 0)
-    if not (value >= low if name in LEAST else value > low):
+    if not math.isfinite(value):
+        raise ValueError(f"{what} is {value}: expected a number")
+    if value < low or value == low and name not in LEAST:
         raise ValueError(f"{what} is {value}: expected "
                          f"{f'{low} or more' if name in LEAST else 'more than 0'}")
 
@@ -122,42 +130,54 @@ def _folder(name: str, given: dict[str, object], known: dict[str, object]) -> Pa
     """The run folder: by its name, or by the parameters that are not the defaults."""
     changed = changes(given, known)
     folder = given["run_name"] or (f"run-{store.key(**changed)}" if changed else "embedded")
-    settle(store.DATA / "runs" / folder, {name: dict(names=sorted(known), changed=changed)})
+    settle(store.DATA / "runs" / folder, {name: described(given, known)})
     return store.DATA / "runs" / folder
 
 
 def changes(given: dict[str, object], known: dict[str, object]) -> dict[str, object]:
-    """The parameters that are not the defaults; where the run lies is none."""
+    """The parameters that are not the defaults, but for those of AROUND."""
     return {name: value for name, value in given.items()
-            if name in known and name != "run_name" and value != known[name]}
+            if name in known and name not in AROUND and value != known[name]}
+
+
+def described(given: dict[str, object], known: dict[str, object]) -> dict:
+    """What a run folder notes of a notebook: the values of its parameters, those changed."""
+    values = {name: value for name, value in (known | given).items()
+              if name in known and name not in AROUND}
+    return dict(values=values, changed=sorted(changes(given, known)))
 
 
 def settle(folder: Path, notebooks: dict[str, dict], preset: str = "") -> None:
-    """Note what a run folder is for: {notebook: its parameters' names, and those changed}.
+    """Note what a run folder is for: {notebook: what `described` gives}.
 
-    Raises ValueError if it holds a run with other changes. Those of a preset may change, with its
-    file: the folder that has its name goes with it.
+    Raises ValueError if it holds a run with other parameters. Those of a preset may change, with
+    its file: the folder that has its name goes with it.
     """
     path = folder / "run.json"
-    noted = store.read_json(path) if path.is_file() else dict(preset="", notebooks={})
-    same = preset and noted["preset"] == preset
-    told = _differences(noted["notebooks"], notebooks)
-    if not same and (told or preset and noted["preset"]):
-        of = f"preset {noted['preset']!r}" if noted["preset"] else "other parameters"
-        raise ValueError(f"{folder} holds a run of {of} ({', '.join(told)}): name another folder "
-                         "for this one, or none")
-    wanted = dict(preset=preset or noted["preset"], notebooks=noted["notebooks"] | notebooks)
-    if wanted != noted or not path.is_file():
-        store.write_json(path, wanted)
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / ".lock"):
+        noted = store.read_json(path) if path.is_file() else dict(preset="", notebooks={})
+        same = preset and noted["preset"] == preset
+        told = _differences(noted["notebooks"], notebooks)
+        if not same and (told or preset and noted["preset"]):
+            of = f"preset {noted['preset']!r}" if noted["preset"] else "other parameters"
+            raise ValueError(f"{folder} holds a run of {of} ({', '.join(told)}): name another "
+                             "folder for this one, or none")
+        wanted = dict(preset=preset or noted["preset"], notebooks=noted["notebooks"] | notebooks)
+        if wanted != noted or not path.is_file():
+            store.write_json(path, wanted)
 
 
 def _differences(noted: dict[str, dict], notebooks: dict[str, dict]) -> list[str]:
-    """Parameters that notebooks of one folder share, and that were changed in one way only."""
+    """Parameters of a notebook that were others, or that two of a folder's notebooks share.
+
+    A parameter may have another default in another notebook: there only a change counts.
+    """
     found = {}
-    for one in noted.values():
-        for other in notebooks.values():
-            for name in set(one["names"]) & set(other["names"]):
-                was, now = (each["changed"].get(name, "its default") for each in (one, other))
-                if was != now:
-                    found[name] = f"{name}={was}"
+    for one_name, one in noted.items():
+        for other_name, other in notebooks.items():
+            for name in one["values"].keys() & other["values"].keys():
+                counts = one_name == other_name or name in {*one["changed"], *other["changed"]}
+                if counts and one["values"][name] != other["values"][name]:
+                    found[name] = f"{name}={one['values'][name]!r}"
     return sorted(found.values())

@@ -4,6 +4,7 @@ import json
 import os
 import platform
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 from tsae import store
@@ -11,7 +12,11 @@ from tsae import store
 
 def size_of(folder: Path) -> float:
     """Gigabytes of the files in a folder."""
-    return sum(file.lstat().st_size for file in folder.rglob("*") if file.is_file()) / 1e9
+    total = 0
+    for file in folder.rglob("*"):
+        with suppress(OSError):  # a running notebook has just replaced it
+            total += file.lstat().st_size
+    return total / 1e9
 
 
 def show(presets: Path, notebooks: list[Path]) -> None:
@@ -30,7 +35,7 @@ def show(presets: Path, notebooks: list[Path]) -> None:
         done = sorted(path.stem[:2] for path in (folder / "done").glob("*.json"))
         note = folder / "run.json"
         noted = store.read_json(note)["notebooks"] if note.is_file() else {}
-        changed = {name: value for one in noted.values() for name, value in one["changed"].items()}
+        changed = {name: one["values"][name] for one in noted.values() for name in one["changed"]}
         told = ", ".join(f"{name}={value}" for name, value in changed.items()) or "the defaults"
         state = f"finished {' '.join(done)}" if done else "not finished"
         _line(folder.name, f"{size_of(folder):.1f} GB; {state}; {told}")
@@ -80,4 +85,4 @@ def clean() -> None:
             except EOFError:
                 raise SystemExit("--clean asks before it removes: run it in a terminal") from None
             if answer.strip().lower() in ("y", "yes"):
-                shutil.rmtree(folder)
+                folder.unlink() if folder.is_symlink() else shutil.rmtree(folder)

@@ -17,17 +17,19 @@ COLOURS = {WITHOUT: "#6b7a8f", WITH: "#d9541e", FROZEN: "#2b6cb0"}
 NULLS = {UNTRAINED: "#1a202c", UNTRAINED_FROZEN: "#b7791f"}
 SEQUENCE = ["#2b6cb0", "#d9541e", "#2f855a", "#8a5cc2", "#b7791f", "#6b7a8f"]
 MORE = ["#00838f", "#ad1457", "#5d4037", "#9e9d24"]  # where a figure has more than six kinds
-MARKERS = dict(topk="circle", batchtopk="square", relu="diamond", jumprelu="triangle-up", gated="x")
+MARKERS = dict(topk="circle", batchtopk="square", relu="diamond", jumprelu="triangle-up", gated="x",
+               untrained="star-open", permuted="hexagon-open", gaussian="cross-open")
 AXIS = dict(showline=True, linecolor="#4a5568", gridcolor="#edf2f7", ticks="outside",
             zeroline=False)
 pio.templates["tsae"] = go.layout.Template(layout=dict(
     font=dict(family="DejaVu Sans, Arial, sans-serif", size=15, color="#1a202c"),
     colorway=SEQUENCE, title=dict(x=0.01, xanchor="left", font=dict(size=17)),
     paper_bgcolor="white", plot_bgcolor="white", margin=dict(l=75, r=25, t=70, b=65),
-    legend=dict(title=None, bgcolor="rgba(255,255,255,0.8)"), xaxis=AXIS, yaxis=AXIS))
+    xaxis=AXIS, yaxis=AXIS))
 px.defaults.template = "tsae"
 DOTTED = dict(line_dash="dot", line_color="#4a5568")
-STYLE = dict(legend_title_text="", template="tsae", width=WIDTH, height=HEIGHT)
+BELOW = dict(title=None, orientation="h", x=0, y=-0.2, yanchor="top")
+STYLE = dict(legend=BELOW, template="tsae", width=WIDTH, height=HEIGHT)
 
 
 def show(figure: go.Figure, path: str | Path = "") -> None:
@@ -49,6 +51,9 @@ def _titled(figure: go.Figure, title: str, x: str = "", y: str = "", **layout) -
     figure.update_layout(title=title, **(STYLE | layout))
     for heading in figure.layout.annotations:  # "nmse", not plotly's "metric=nmse"
         heading.update(text=heading.text.split("=")[-1], font_size=15)
+    for trace in figure.data:  # under the mouse: "position 115, n 3", not "position=115"
+        if trace.hovertemplate:
+            trace.hovertemplate = trace.hovertemplate.replace("=", " ").replace("<br>", ", ")
     first = 1 if figure._grid_ref else None  # of the panels' rows and columns
     if x:
         figure.update_xaxes(title=x, row=first)
@@ -125,6 +130,7 @@ def suffix_cosine(table: pd.DataFrame, where: str = "") -> go.Figure:
                        zmin=0.4, zmax=1, color_continuous_scale="Viridis")
     for heading, last in zip(figure.layout.annotations, ("token", "2", "3")):
         heading.text = f"BOS + last {last}"
+    figure.update_traces(hovertemplate="position %{x}, layer %{y}, cosine %{z:.2f}<extra></extra>")
     bar = dict(title="cosine", tickvals=[0.4, 0.6, 0.8, 1], ticktext=["0.4 or less", 0.6, 0.8, 1])
     return _titled(figure, f"Cosine of the activation to that of BOS and the last n tokens{where}",
                    "position", "layer", width=940, height=380, coloraxis_colorbar=bar)
@@ -170,7 +176,7 @@ def shares(table: pd.DataFrame) -> go.Figure:
     figure.update_yaxes(range=[0, 1.04], tickformat=".0%")
     title = "Share of live features that some input, fed alone, drives above a bar"
     return _titled(figure, title, "bar", "share of live features", width=940,
-                   legend=dict(orientation="h", y=-0.3, yanchor="top"))
+                   legend=BELOW | dict(y=-0.3))
 
 
 def pareto(table: pd.DataFrame, title: str = "Error by sparsity, by kind of SAE") -> go.Figure:
@@ -183,8 +189,7 @@ def pareto(table: pd.DataFrame, title: str = "Error by sparsity, by kind of SAE"
         axis.update(_log_ticks(part["value"]))
     for trace in figure.data:  # "topk, with table", not "with table, topk"
         trace.name = ", ".join(reversed(trace.name.split(", ")))
-    return _titled(figure, title, "L0 (active features a token)", "lower is better",
-                   width=1060, height=500)
+    return _titled(figure, title, "L0 (active features a token)", "error", width=940, height=560)
 
 
 def gains(table: pd.DataFrame, title: str) -> go.Figure:
@@ -199,9 +204,8 @@ def gains(table: pd.DataFrame, title: str) -> go.Figure:
     ticks = sorted(drawn["tokens"].unique())
     labels = [f"{tick / 1e6:g}M" if tick >= 1e6 else f"{tick / 1e3:g}k" for tick in ticks]
     figure.update_xaxes(tickvals=ticks, ticktext=labels)
-    below = dict(orientation="h", y=-0.2, yanchor="top")
     return _titled(figure, title, "training tokens", "share by which it is lower", width=940,
-                   height=560, legend=below)
+                   height=560)
 
 
 def bars(table: pd.DataFrame, x: str, title: str, label: str) -> go.Figure:
@@ -218,7 +222,7 @@ def speedup(table: pd.DataFrame) -> go.Figure:
                         symbol_sequence=["circle", "diamond-open"])
     figure.update_traces(marker_size=11).update_yaxes(rangemode="tozero").add_hline(1, **DOTTED)
     return _titled(figure, "Training speed-up: tokens to equal quality, baseline / tokenized", " ",
-                   "ratio of training tokens", width=1000)
+                   "ratio of training tokens", width=940)
 
 
 def unigram_classes(table: pd.DataFrame) -> go.Figure:
@@ -257,7 +261,7 @@ def cost(table: pd.DataFrame) -> go.Figure:
     figure.layout.annotations = ()  # the x axes say it
     base = table[table["cell"] == "base"].iloc[0]
     title = "Time of a training step; the rest at d {d}, {n} features, k {k}".format(**base)
-    return _titled(figure, title, "", "milliseconds", width=1060)
+    return _titled(figure, title, "", "milliseconds", width=940)
 
 
 def ladder(table: pd.DataFrame) -> go.Figure:
@@ -274,11 +278,18 @@ def complexity_by_frequency(table: pd.DataFrame) -> go.Figure:
                    "firing frequency (share of positions)", "share not explained by the token")
 
 
-def plane(table: pd.DataFrame) -> go.Figure:
-    """Columns architecture, k, table, l0, complexity_1, fuzzing, a row an SAE: means over seeds."""
+def plane(table: pd.DataFrame, nulls: pd.DataFrame | None = None) -> go.Figure:
+    """Columns architecture, k, table, l0, complexity_1, fuzzing, a row an SAE: means over seeds.
+
+    `nulls`, drawn beside: columns null, table, metric, value.
+    """
     drawn = table.groupby(["architecture", "k", "table"], as_index=False).mean(numeric_only=True)
     has_k = drawn["architecture"].isin(["topk", "batchtopk"])
     drawn["label"] = np.where(has_k, "k " + drawn["k"].astype(str), "")
+    if nulls is not None:
+        points = nulls.pivot(index=["null", "table"], columns="metric", values="value")
+        points = points.drop("trained").reset_index().rename(columns={"null": "architecture"})
+        drawn = pd.concat([drawn, points])
     figure = px.scatter(drawn, "fuzzing", "complexity_1", "table", "architecture", text="label",
                         color_discrete_map=COLOURS, symbol_map=MARKERS, hover_data=["k", "l0"])
     figure.update_traces(marker_size=11, textposition="middle right", textfont_size=12)
@@ -297,4 +308,4 @@ def table_quality(table: pd.DataFrame) -> go.Figure:
     figure = _lines(drawn, "low", "value", "measure", log_x=True, facet_col="part")
     figure.update_yaxes(matches=None, showticklabels=True, rangemode="tozero", title="")
     return _titled(figure, "Rows of the table by training count", "count in the training text",
-                   width=1060)
+                   width=940)

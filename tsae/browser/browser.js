@@ -304,8 +304,8 @@ function contexts(found, lines, peak) {
   return make("table", { className: "contexts" }, body);
 }
 
-// Stars and notes: kept by this browser, under the title of the pages, and exported as csv.
-const shelf = () => "tsae:" + about.title;
+// Stars and notes: kept by this browser, under what the pages say of themselves, and exported as csv.
+const shelf = () => "tsae:" + about.title + JSON.stringify(about.about);
 function kept() {
   try { return JSON.parse(localStorage.getItem(shelf())) ?? {}; } catch { return {}; }  // a page without a store
 }
@@ -320,7 +320,7 @@ function star(sae, feature) {
   const on = () => !!kept()[`${sae}:${feature}`]?.star;
   const button = make("button", { className: "star", title: "Star it (s)", ariaPressed: String(on()) }, on() ? "★" : "☆");
   button.onclick = () => {
-    keep(sae, feature, { star: !on() });
+    if (!keep(sae, feature, { star: !on() })) button.title = "This view keeps nothing: open index.html in a tab of its own.";
     button.textContent = on() ? "★" : "☆";
     button.ariaPressed = String(on());
   };
@@ -328,8 +328,9 @@ function star(sae, feature) {
 }
 function note(sae, feature) {
   const field = make("textarea", { ariaLabel: "Your note", rows: 2, value: kept()[`${sae}:${feature}`]?.note ?? "" });
-  field.onchange = () => keep(sae, feature, { note: field.value.trim() });
-  return field;
+  field.oninput = () => { lost.hidden = keep(sae, feature, { note: field.value.trim() }); };
+  const lost = make("p", { className: "more", hidden: true }, "This view keeps nothing: open index.html in a tab of its own.");
+  return make("div", {}, field, lost);
 }
 function count() {
   const held = Object.keys(kept()).length;

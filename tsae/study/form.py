@@ -15,6 +15,7 @@ from pathlib import Path
 import ipywidgets as widgets
 import numpy as np
 import pandas as pd
+from IPython.display import display
 
 from tsae import store
 from tsae.study.agreement import KEY, SCALES
@@ -234,6 +235,20 @@ def form(study: Study) -> widgets.VBox:
     keys.observe(typed, "value")
     refresh()
     return widgets.VBox([bar, guide, shown, *rows, widgets.HBox([keys, save, back]), said])
+
+
+def show(study: Study) -> None:
+    """Display the form; where no kernel runs, a picture of it."""
+    display(form(study)._repr_mimebundle_() | {"text/html": _picture(study)}, raw=True)
+
+
+def _picture(study: Study) -> str:
+    box = "<span style='border:1px solid #cbd5e0;padding:2px 12px;margin:2px'>{}</span>"
+    buttons = "".join(map(box.format, range(1, 11)))
+    rows = "".join(f"<p><b>{name}</b> {buttons}</p>" for name in SCALES)
+    shown = "" if study.finished else _relative(study.contexts[study.next])
+    return (f"<p>{len(study.scores)} of {len(study.order)}. A picture: run this cell to score.</p>"
+            f"{shown}{rows}")
 
 
 def _told(study: Study, before: int) -> str:
