@@ -83,3 +83,8 @@ def chromium(tmp_path_factory):
     found.socket.close()
     found.process.terminate()
     found.process.wait(20)
+
+
+def pytest_collection_modifyitems(items) -> None:
+    """The notebook that draws from all others comes last."""
+    items.sort(key=lambda item: "05_figures" in item.nodeid)

@@ -72,14 +72,13 @@ def publish(folder: Path, preset: str, notebooks: dict[Path, dict[str, object]])
                          "them: remove its folder `done` and run again")
     figures = store.ROOT / "figures" if preset == "embedded" else results
     pictures = sorted((folder / "figures").glob("*.png"))
-    for place, old in ((results, results.glob("*.csv")), (figures, figures.glob("*.png"))):
-        new = {*made, *(file.name for file in pictures)}
-        for file in [file for file in old if file.name not in new]:
-            file.unlink()  # it is made no more
-        for file in pictures if place == figures else []:
-            _copy(file, place)
+    for old in [*results.glob("*.csv"), *results.glob("*.png")]:
+        if old.name not in made and old.name not in {file.name for file in pictures}:
+            old.unlink()  # it is made no more
     for name in made:
         _copy(folder / "tables" / name, results)
+    for file in pictures:
+        _copy(file, figures)
     store.write_json(results / "manifest.json", made)
     store.write_json(results / "times.json", overview.times(folder, notebooks))
     if preset in readme.PRESETS:
