@@ -109,7 +109,10 @@ def _stop(running: list[Future]) -> None:
     for attempt in range(6):  # a kernel between two cells does not listen
         for kernel in psutil.Process().children():
             with suppress(psutil.NoSuchProcess):
-                kernel.send_signal(signal.SIGINT) if attempt < 5 else kernel.kill()
+                if attempt < 5:
+                    kernel.send_signal(signal.SIGINT)
+                else:
+                    kernel.kill()
         if not wait(running, timeout=30).not_done:
             return
 

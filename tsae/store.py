@@ -12,8 +12,8 @@ from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 
-# Threads that wait for each other spin a moment and then sleep. Without this a step takes forty
-# times as long where another process wants the cores. It must be set before torch is loaded.
+# Threads that wait for each other spin a moment and then sleep: else a step takes many times as
+# long where another process wants the cores. It must be set before torch is loaded.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 if "PYTEST_VERSION" in os.environ:  # in the kernels of nbval too: no progress bars, no pictures
     os.environ.setdefault("TQDM_DISABLE", "1")
