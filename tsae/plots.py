@@ -28,7 +28,7 @@ pio.templates["tsae"] = go.layout.Template(layout=dict(
     xaxis=AXIS, yaxis=AXIS))
 px.defaults.template = "tsae"
 DOTTED = dict(line_dash="dot", line_color="#4a5568")
-BELOW = dict(title=None, orientation="h", x=0, y=-0.2, yanchor="top")
+BELOW = dict(title=None, orientation="h", x=0, y=-0.25, yanchor="top")
 STYLE = dict(legend=BELOW, template="tsae", width=WIDTH, height=HEIGHT)
 
 
@@ -295,7 +295,8 @@ def plane(table: pd.DataFrame, nulls: pd.DataFrame | None = None) -> go.Figure:
     figure.update_traces(marker_size=11, textposition="middle right", textfont_size=12)
     figure.update_traces(textposition="bottom center", selector=dict(marker_symbol="square"))
     return _titled(figure, "Complexity and consistency, one point a kind of SAE",
-                   "balanced accuracy of a simple rule", "share not explained by the token")
+                   "balanced accuracy of a simple rule", "share not explained by the token",
+                   width=940, height=600)
 
 
 def table_quality(table: pd.DataFrame) -> go.Figure:
