@@ -127,7 +127,8 @@ def headline(results: Path) -> str:
         for name, table, form, what in kinds for _, row in table.iterrows()])
 
 
-MODELS = {"embedded": ("embedded-long", "embedded"), "SmolLM2": ("smollm2-long", "smollm2")}
+MODELS = {"embedded": ("embedded-long", "embedded-nulls", "embedded"),
+          "SmolLM2": ("smollm2-long", "smollm2")}
 
 
 def evidence(results: Path) -> str:
@@ -219,7 +220,7 @@ def engine(results: Path) -> str:
 
 
 # Whose tables are shown, and on which page.
-PRESETS = ("embedded", "embedded-long", "smollm2", "smollm2-long", "smollm2-recipes",
+PRESETS = ("embedded", "embedded-long", "embedded-nulls", "smollm2", "smollm2-long", "smollm2-recipes",
            "smollm2-silent", "smollm2-beyond")
 PAGES = {"README.md": dict(rows=rows),
          "data/results/README.md": dict(
