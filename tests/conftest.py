@@ -73,7 +73,7 @@ def data(tiny_gpt2, tmp_path) -> Data:
     return prepare(tiny_gpt2.layer(1), ROWS, batch=16, folder=tmp_path / "activations")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def chromium(tmp_path_factory):
     """A browser, or a skipped test where there is none."""
     if not chromium_driver.CHROMIUM:
@@ -81,8 +81,8 @@ def chromium(tmp_path_factory):
     found = chromium_driver.Chromium(tmp_path_factory.mktemp("profile"))
     yield found
     found.socket.close()
-    found.process.terminate()
-    found.process.wait(20)
+    found.process.kill()
+    found.process.wait(60)
 
 
 def pytest_collection_modifyitems(items) -> None:

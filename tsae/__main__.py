@@ -228,7 +228,8 @@ def interrupt(*_) -> None:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, interrupt)  # a batch system's stop is as good as Ctrl-C
+    for stop in (signal.SIGTERM, signal.SIGINT):  # a batch system's stop is as good as Ctrl-C,
+        signal.signal(stop, interrupt)  # which shells let background processes ignore
     try:
         main()
     except KeyboardInterrupt:
