@@ -176,7 +176,7 @@ def test_a_parameter_means_the_same_everywhere():
 @pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
 def test_presets_name_real_parameters(path):
     settings = yaml.safe_load(path.read_text()) or {}
-    settings = {name: value for name, value in settings.items() if name not in ("only", "jobs")}
+    settings.pop("only", None)
     known = {name: value for notebook in NOTEBOOKS for name, value in beginning.declared(notebook).items()}
     beginning.check(settings, known)
     with pytest.raises(ValueError, match="no notebook has a parameter 'n_featurs': did you mean 'n_features'"):

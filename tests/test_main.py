@@ -220,7 +220,7 @@ def test_a_preset_elsewhere_has_a_folder_of_its_own():
 
 
 def test_what_would_run_and_what_there_is(house, capsys):
-    (house / "notebooks/presets/embedded.yaml").write_text("# The defaults.\n# Of all.\njobs: 2\n")
+    (house / "notebooks/presets/embedded.yaml").write_text("# The defaults.\n# Of all.\n")
     command.main(["--dry-run"])
     said = capsys.readouterr().out
     assert said.count("would run; time not known") == 2 and not (house / "ran.txt").exists()

@@ -120,8 +120,7 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
         help="a file of notebooks/presets, or a path to a yaml file")
     add("-p", action="append", default=[], metavar="name=value", help="set a notebook parameter")
     add("--only", nargs="+", default=[], metavar="NN", help="only these notebooks, by number")
-    add("--jobs", type=int, default=0, metavar="N",
-        help="notebooks at a time; default: the preset's, 1 where -p is given")
+    add("--jobs", type=int, default=1, metavar="N", help="notebooks at a time; default: 1")
     add("--out", default="",
         help="run folder; default: data/runs/<preset>, with a hash where -p is given")
     add("--publish", action="store_true",
@@ -196,14 +195,12 @@ def main(arguments: list[str] | None = None) -> None:
         return overview.show(PRESETS, chosen([]))
     if options.clean:
         return overview.clean()
-    if options.jobs < 0:
+    if options.jobs < 1:
         raise SystemExit(f"--jobs is {options.jobs}: 1 or more was expected")
     assigned = dict(read_assignment(text) for text in options.p)
     settings = read_preset(options.preset) | assigned
-    of_preset, jobs = settings.pop("only", []), settings.pop("jobs", 1)
+    of_preset = settings.pop("only", [])
     of_preset = of_preset if isinstance(of_preset, list) else [of_preset]
-    if not isinstance(jobs, int) or jobs < 1:
-        raise SystemExit(f"jobs is {jobs!r} in preset {options.preset}: 1 or more was expected")
     if options.publish and (assigned or not (PRESETS / f"{options.preset}.yaml").is_file()):
         raise SystemExit("--publish is for a preset of notebooks/presets as it stands, without -p")
     name = folder_name(options.preset, settings, assigned)
@@ -216,7 +213,7 @@ def main(arguments: list[str] | None = None) -> None:
         return overview.forecast(done, store.DATA / "results" / name)
     fetch_inputs(settings)
     settle(folder, name, settings)
-    execute.execute(plan, folder, options.jobs or (1 if assigned else jobs))
+    execute.execute(plan, folder, options.jobs)
     if options.publish:
         publish(folder, options.preset, planned(settings, of_preset))
     if any(path.stem == execute.LAST for path in plan):
