@@ -4,6 +4,7 @@ import itertools
 import json
 import re
 import time
+import urllib.request
 from dataclasses import replace
 
 import numpy as np
@@ -548,3 +549,11 @@ def test_twelve_thousand_features(chromium, tmp_path):
     best = pd.DataFrame([once() for _ in range(3)]).min()  # of three: the machine may be busy
     print({name: f"{milliseconds:.0f} ms" for name, milliseconds in best.items()})
     assert (best < 1000).all(), best.to_dict()
+
+
+def test_a_browser_is_served_where_a_lab_cannot_reach_it(tmp_path):
+    (tmp_path / "index.html").write_text("features")
+    address = browser.serve(tmp_path)
+    assert address.startswith("http://127.0.0.1:")  # this machine only
+    with urllib.request.urlopen(address) as page:
+        assert page.read() == b"features"

@@ -171,6 +171,7 @@ def test_a_parameter_means_the_same_everywhere():
     for path in NOTEBOOKS:
         for name, default in beginning.declared(path).items():
             assert types.setdefault(name, type(default)) is type(default), name
+            assert default != [] or name in beginning.ENTRIES, f"{name} is empty by default: ENTRIES says what it may hold"
 
 
 @pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)

@@ -76,3 +76,10 @@ def test_auc_from_a_sample_is_close():
     whole, part = ladder.ladder(codes, text, negatives=0), ladder.ladder(codes, text, negatives=2000)
     assert np.allclose(whole["r2_2"].dropna(), part["r2_2"].dropna())
     assert np.nanmax(np.abs(whole["auc_2"] - part["auc_2"])) < 0.03
+
+
+def test_fewer_levels_are_the_first_of_all():
+    codes, text = noisy()
+    one, all_of_them = ladder.ladder(codes, text, levels=1), ladder.ladder(codes, text)
+    assert list(one) == ["r2_1", "auc_1", "complexity_1"]
+    assert one.equals(all_of_them[list(one)])

@@ -22,7 +22,7 @@ AROUND = {"run_name", "scorer", "judge_url", "judge_model", "browse", "features_
 NOT_EMPTY = {"arm_names", "ks", "lengths", "main_ks", "seeds", "sizes"}
 DICTIONARY = {name: "n_features" for name in ("k", "ks", "main_ks", "plain_ks", "ks_sparser",
                                               "ks_batchtopk")} | {"silent_ks": "silent_features"}
-ENTRIES = {"layers": 0, "rates": 0.001}  # what a list holds whose default is empty
+ENTRIES = {"layers": 0, "rates": 0.001, "gated_sparsity": 3.0}  # of lists that are empty by default
 
 
 @dataclass(frozen=True)

@@ -127,7 +127,7 @@ def headline(results: Path) -> str:
         for name, table, form, what in kinds for _, row in table.iterrows()])
 
 
-MODELS = {"embedded": ("embedded-long", "embedded-nulls", "embedded"),
+MODELS = {"embedded": ("embedded-long", "embedded-fronts", "embedded-nulls", "embedded"),
           "SmolLM2": ("smollm2-long", "smollm2")}
 
 
@@ -220,8 +220,8 @@ def engine(results: Path) -> str:
 
 
 # Whose tables are shown, and on which page.
-PRESETS = ("embedded", "embedded-long", "embedded-nulls", "smollm2", "smollm2-long",
-           "smollm2-recipes", "smollm2-silent", "smollm2-beyond")
+PRESETS = ("embedded", "embedded-long", "embedded-fronts", "embedded-nulls", "smollm2",
+           "smollm2-long", "smollm2-recipes", "smollm2-silent", "smollm2-beyond")
 PAGES = {"README.md": dict(rows=rows),
          "data/results/README.md": dict(
              evidence=evidence, lengths=lengths, sweep=sweep, real=real, silent=silent,

@@ -14,7 +14,10 @@ import json
 import os
 import shutil
 import tempfile
+import threading
 from collections.abc import Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from string import Template
 
@@ -25,7 +28,7 @@ from tsae import store
 from tsae.baseline import token_ids
 from tsae.browser.gather import NEAREST, Material, Pages, describe_rows, gather, matches, short
 
-__all__ = ["Material", "Pages", "data", "gather", "write", "write_one"]
+__all__ = ["Material", "Pages", "data", "gather", "serve", "write", "write_one"]
 ASSETS = Path(__file__).parent
 PART = dict(features=64, tokens=256, rows=256)  # in one file of data
 GENERATOR = '<meta name="generator" content="tsae.browser">'
@@ -175,6 +178,18 @@ def write_one(path: str | Path, material: Material, pages: list[Pages], title: s
               for key, value in data(material, pages, title, about or {}, meanings or {}, start)]
     scripts = "\n".join([*blocks, f"<script>{code}</script>"])
     return store.write_text(path, _page(title, policy, f"<style>{style}</style>", scripts))
+
+
+class _Quiet(SimpleHTTPRequestHandler):
+    def log_message(self, *_) -> None:
+        """Say nothing of what was asked for: it would end in a notebook's output."""
+
+
+def serve(folder: str | Path) -> str:
+    """Show a folder to browsers on this machine until Python ends; returns the address."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(_Quiet, directory=str(folder)))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    return f"http://127.0.0.1:{server.server_port}/"
 
 
 def _digest(part: str) -> str:

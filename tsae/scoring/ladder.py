@@ -11,8 +11,9 @@ from tsae.scoring.heldout import LEVELS, Text
 
 
 def ladder(codes: csc_array, text: Text, prior: float = 2.0, negatives: int = 4096,
-           seed: int = 0) -> pd.DataFrame:
-    """Codes (m, n) predicted from the last 1 .. 4 tokens: fitted on one half, tested on the other.
+           seed: int = 0, levels: int = LEVELS) -> pd.DataFrame:
+    """Codes (m, n) predicted from the last 1 .. `levels` (at most 4) tokens: fitted on one half,
+    tested on the other.
 
     A suffix predicts the mean code where the fit half ends so, shrunk towards what the suffix one
     token shorter predicts, as if that had been seen `prior` times. So an unseen suffix falls back
@@ -30,12 +31,12 @@ def ladder(codes: csc_array, text: Text, prior: float = 2.0, negatives: int = 40
     code = chance = np.zeros(len(points.code))
     rungs, found = [], {}
     with np.errstate(divide="ignore", invalid="ignore"):
-        for level in range(LEVELS):
+        for level in range(levels):
             code, chance, rung = _climb(points, text, level, prior, code, chance)
             rungs.append(rung)
             found[f"r2_{level + 1}"] = _r2(points, text, code, rungs)
             found[f"auc_{level + 1}"] = _auc(points, chance)
-    for n in (1, 3):
+    for n in [n for n in (1, 3) if n <= levels]:
         found[f"complexity_{n}"] = np.clip(1 - found[f"r2_{n}"], 0, 1)
     return pd.DataFrame(found)
 
