@@ -4,7 +4,8 @@ from math import log2
 
 import numpy as np
 import pytest
-from scipy.sparse import csr_array
+import torch
+from scipy.sparse import csc_array, csr_array
 from streams import noisy
 
 from tsae.scoring import tokens
@@ -41,3 +42,23 @@ def test_effective_number_is_one_for_one_token_and_c_for_c_equal_ones():
     weights = csr_array(np.array([[3.0, 0, 0, 0], [2, 2, 0, 2], [0, 0, 0, 0], [0.5, 1, 0.25, 0.25]]))
     share = np.array([0.5, 1, 0.25, 0.25]) / 2
     assert np.allclose(tokens.effective_number(weights), [1, 3, 0, np.exp(-(share * np.log(share)).sum())])
+
+
+def test_what_single_token_features_are_for_is_that_of_a_loop():
+    random = np.random.default_rng(3)
+    t = random.integers(0, 5, 400)
+    dense = np.where(random.random((400, 6)) < 0.3, random.random((400, 6)), 0.0)
+    dense[:, 1] = np.where((t == 2) & (random.random(400) < 0.5), 1.0, 0.0)  # at half of the token 2
+    dense[:, 3] = np.where(t == 4, 2.0, 0.0)
+    dense[0, 3] = 0.1  # once elsewhere
+    dense[5:, 5] = 0.0  # too rare
+    directions, means = torch.randn(6, 8), torch.randn(5, 8)
+    found = tokens.single_token_features(csc_array(dense.astype(np.float32)), t, directions, means, least=10)
+    assert found["feature"].tolist() == [1, 3] and found["token"].tolist() == [2, 4]
+    overall = sum(means[i] for i in t.tolist()) / len(t)
+    for row in found.itertuples():
+        codes, here = dense[:, row.feature], t == row.token
+        assert row.mass == pytest.approx(codes[here].sum() / codes.sum(), rel=1e-5)
+        assert row.fires == pytest.approx((codes[here] > 0).mean())
+        along = torch.cosine_similarity(directions[row.feature], means[row.token] - overall, dim=0)
+        assert row.along == pytest.approx(along.item(), abs=1e-5)

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pandas as pd
+import torch
 from scipy.sparse import csc_array, csr_array
 
 from tsae.codes import by_strength, firings, first_of_each, ordered_within
@@ -49,6 +50,29 @@ def token_statistics(codes: csc_array, text: Text, top: int = 20, seed: int = 0)
                       f"told_{name}": bits / entropy,
                       f"modal_share_{name}": table.max(axis=1).toarray().ravel() / total}
     return pd.DataFrame(found | dict(modal_token=tokens[table.argmax(axis=1)]))  # the last is mass
+
+
+def single_token_features(codes: csc_array, t: np.ndarray, directions: torch.Tensor,
+                          means: torch.Tensor, least: int = 50) -> pd.DataFrame:
+    """What those features are for that have over half of their activation mass on one token.
+
+    One row for each of them with `least` firings in codes (m, n), with tokens t (m,); their decoder
+    rows are `directions` (n, d), the tokens' mean activations `means` (V, d). Columns: feature;
+    token; mass, the token's share of it; fires, the share of the token's positions at which it
+    does; along, the cosine of its decoder row to the token's mean, less the mean over positions.
+    """
+    p, j, v = firings(codes)
+    mass, count = (csr_array((weight, (j, t[p])), shape=(codes.shape[1], len(means)))
+                   for weight in (v, np.ones(len(p))))
+    fired, token = np.diff(codes.indptr), mass.argmax(axis=1)
+    share = mass.max(axis=1).toarray().ravel() / np.maximum(mass.sum(axis=1), 1e-300)
+    feature = np.flatnonzero((fired >= least) & (share > 0.5))
+    token, seen = token[feature], np.bincount(t, minlength=len(means))
+    here = count[feature, token] / seen[token]
+    own = means - torch.from_numpy(seen / len(t)).to(means) @ means
+    along = torch.cosine_similarity(directions[feature], own[token], dim=1)
+    return pd.DataFrame(dict(feature=feature, token=token, mass=share[feature], fires=here,
+                             along=along.detach().cpu().numpy()))
 
 
 def effective_number(weights: csr_array) -> np.ndarray:
