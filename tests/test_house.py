@@ -180,7 +180,7 @@ def test_presets_name_real_parameters(path):
     settings.pop("only", None)
     known = {name: value for notebook in NOTEBOOKS for name, value in beginning.declared(notebook).items()}
     beginning.check(settings, known)
-    with pytest.raises(ValueError, match="no notebook has a parameter 'n_featurs': did you mean 'n_features'"):
+    with pytest.raises(ValueError, match="there is no parameter 'n_featurs': did you mean 'n_features'"):
         beginning.check(settings | dict(n_featurs=1), known)
 
 

@@ -320,7 +320,7 @@ def test_what_is_not_a_whole_run_of_the_preset_is_not_published(tmp_path, monkey
 
 
 @pytest.mark.parametrize("assignment, words", [
-    ("sise=4", "no notebook has a parameter 'sise': did you mean 'size'"), ("size=four", "size is 'four', a str: expected int"),
+    ("sise=4", "there is no parameter 'sise': did you mean 'size'"), ("size=four", "size is 'four', a str: expected int"),
     ("flag=1", "expected bool"), ("size", "name=value")])
 def test_wrong_parameters_are_refused_before_anything_runs(house, assignment, words):
     with pytest.raises(SystemExit, match=words):

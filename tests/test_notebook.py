@@ -45,7 +45,7 @@ def started(**changes) -> notebook.Notebook:
     (dict(rates=[0.0]), "an entry of rates is 0.0: expected more than 0"), (dict(lr=float("nan")), "lr is nan"),
     (dict(rivals=[["relu", 1]]), "rivals has the entry"), (dict(rivals=[["relu", "1", 3.0]]), "rivals has the entry"),
     (dict(layer=-2), "layer is -2: expected -1 or more"), (dict(lr="fast"), "lr is 'fast', a str: expected float"),
-    (dict(In=["", "# Parameters\nkk = 5\nk = 3\n"], kk=5), "no notebook has a parameter 'kk': did you mean 'k'")])
+    (dict(In=["", "# Parameters\nkk = 5\nk = 3\n"], kk=5), "there is no parameter 'kk': did you mean 'k'")])
 def test_wrong_parameters_are_refused_in_a_sentence(house, changes, words):
     with pytest.raises(ValueError, match=words) as refused:
         started(**changes)
@@ -60,7 +60,7 @@ def test_what_may_be_is_taken(house):
 def test_papermill_says_what_is_wrong(house, monkeypatch):
     """By papermill itself, which passes lists as text and only warns of a name that it does not know."""
     monkeypatch.setenv("TSAE_HOME", str(house))
-    for given, words in ((dict(seeds="[0]"), "seeds is the text"), (dict(sede=1), "no notebook has a parameter 'sede'")):
+    for given, words in ((dict(seeds="[0]"), "seeds is the text"), (dict(sede=1), "there is no parameter 'sede'")):
         with pytest.raises(papermill.PapermillExecutionError, match=words):
             papermill.execute_notebook(str(house / "notebooks/01_a.ipynb"), None, given, progress_bar=False)
 

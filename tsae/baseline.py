@@ -104,9 +104,9 @@ class Needs:
 class Baseline(nn.Module):
     """Rows (b, d) in units of the SAE's scale, of a context. Without parameters: nothing, 0.0.
 
-    `needs` says what a context must hold; `tables` names parameters with sparse gradients (they
-    are RowAdam's). `mean` (d,) is that of the rows over the training data (of a table: of its token
-    rows): b_dec starts without it.
+    `needs` says what a context must hold; `tables` names the parameters with sparse gradients,
+    which RowAdam moves. `mean` (d,) is the mean of the rows over the training data (of a table: of
+    its token rows). b_dec starts at the activations' mean less this one.
     """
 
     kind, needs, tables = "none", Needs(), ()
@@ -338,7 +338,7 @@ def made(config: dict, sae_class: type) -> Baseline:
 
 
 def conditional_mean(stats: dict[str, torch.Tensor], prior: float = 4.0) -> torch.Tensor:
-    """E[a | t] (V, d), shrunk to the overall mean as if that was seen `prior` times with each t."""
+    """E[a | t] (V, d), shrunk to the overall mean, as if each t had been at it `prior` times."""
     return (stats["sum"] + prior * stats["mean"]) / (stats["count"].unsqueeze(-1) + prior)
 
 

@@ -155,7 +155,7 @@ def reconstruction(sae: SAE, x: torch.Tensor, t: torch.Tensor,
     """nmse, fvu, l0 and the share of features that never fire (dead) on x (m, d) raw, t (m,).
 
     With a table also lookup_nmse, the error of the table alone (b_dec + W_lookup[t]), and
-    lookup_share, its share of the variance that the whole SAE explains.
+    lookup_share, the variance that it explains over what the whole SAE explains.
     """
     errors, lookup_errors, squared, lookup_squared, firings = [], [], 0.0, 0.0, 0
     fired = torch.zeros(sae.n, dtype=torch.bool, device=x.device)

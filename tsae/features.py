@@ -18,7 +18,7 @@ from tsae.sae import SAE
 class Response:
     """Codes of m isolated inputs (unigrams `[BOS, t]` or longer), reduced to one row a feature.
 
-    above (len(thresholds), n): inputs with a code above each threshold; best (n, top): the inputs
+    above (len(thresholds), n): how many have a code above each threshold; best (n, top): the inputs
     with the largest codes, strongest first, -1 where fewer fired.
     """
 

@@ -190,7 +190,7 @@ class LM:
     def takes_positions(self) -> bool:
         """Whether the model can be told at which positions tokens stand. Forward passes show it.
 
-        Models with ALiBi or without attention compute the same at any; some take the argument.
+        With ALiBi or without attention positions change nothing, though some take the argument.
         """
         if "position_ids" not in signature(self.model.forward).parameters:
             return False

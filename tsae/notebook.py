@@ -77,7 +77,7 @@ def check(given: dict[str, object], known: dict[str, object]) -> None:
         if name not in known:
             near = difflib.get_close_matches(name, known, 1)
             hint = f": did you mean {near[0]!r}?" if near else ""
-            raise ValueError(f"no notebook has a parameter {name!r}{hint}")
+            raise ValueError(f"there is no parameter {name!r}{hint}")
         _check_one(name, value, known[name])
     for name, size in DICTIONARY.items():
         most, active = given.get(size, 0), given.get(name, 0)
@@ -162,7 +162,7 @@ def settle(folder: Path, notebooks: dict[str, dict], preset: str = "") -> None:
         if not same and (told or preset and noted["preset"]):
             of = f"preset {noted['preset']!r}" if noted["preset"] else "other parameters"
             raise ValueError(f"{folder} holds a run of {of} ({', '.join(told)}): name another "
-                             "folder for this one, or none")
+                             "folder for this one, or leave the name out")
         wanted = dict(preset=preset or noted["preset"], notebooks=noted["notebooks"] | notebooks)
         if wanted != noted or not path.is_file():
             store.write_json(path, wanted)

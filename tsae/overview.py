@@ -73,7 +73,7 @@ def forecast(done: dict[Path, bool], results: Path) -> None:
         print(f"in all about {sum(left) / 60:.0f} minutes, and {known['gigabytes']:.1f} GB of disk "
               "for the run")
     free = shutil.disk_usage(store.ROOT).free / 1e9
-    print(f"activations take 2 bytes a number (store_gb is the most); {free:.0f} GB are free")
+    print(f"stored activations take 2 bytes a number, up to store_gb; {free:.0f} GB are free")
 
 
 def clean() -> None:

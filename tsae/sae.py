@@ -63,7 +63,7 @@ class SAE(nn.Module):
     encoder_sees  "full": the activation (the paper); "rest": the activation minus its table row
     aux_lookup  gated only: whether the auxiliary reconstruction adds the table (the authors': no)
     bandwidth   jumprelu only: width of the window in which thresholds receive a gradient
-    limit       the norm over which an activation is a sink, which it never saw; None: it saw all
+    limit       activations over this norm are sinks, left out of its training; None: none were
     """
 
     def __init__(self, d_model: int, n: int, activation: str = "topk", k: int = 32,

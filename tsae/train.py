@@ -195,8 +195,8 @@ class Run:
         if self.usual_loss and loss > (most := SPIKE * self.usual_loss):
             warnings.warn(
                 f"the loss of the {self.name} jumps to {loss:.3g} after {self.seen} tokens, "
-                f"{loss / self.usual_loss:.0f} times the usual: the step counts as one of a "
-                "tenfold loss. If it comes again, look at the activations there, or lower `lr`",
+                f"{loss / self.usual_loss:.0f} times the usual: its gradients are scaled down "
+                "to ten times. If it comes again, look at the activations there, or lower `lr`",
                 RuntimeWarning, stacklevel=2)
             for p in self.sae.parameters():
                 if p.grad is not None:
@@ -251,7 +251,7 @@ def fit(sae: SAE, pairs: Iterator[Pair], tokens: int, quick: bool = False, **how
 
 
 # How a run starts and learns. "text" and "code" are the paper's two recipes; in "ours" the table
-# starts at the token's shrunk mean, and the encoder sees what the table leaves (the README says
+# starts at the token's shrunk mean, and the encoder sees what the table leaves (data/results says
 # why). Rates are in units of the activation scale; table_lr 0 is the common rate (see `learning`).
 # Without a table the encoder starts at plain_scale x W_dec: a half is better there too.
 _CODE = dict(start="unigram", table_scale=0.5, encoder="transpose", encoder_scale=0.5,
