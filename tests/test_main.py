@@ -337,3 +337,21 @@ def test_unknown_presets_and_notebooks(house):
 
 def test_the_tiny_families_are_what_their_names_say():
     assert type(tiny_network("gpt_neox")).__name__ == "GPTNeoXForCausalLM" and byte_tokenizer().bos_token_id == 0
+
+
+def test_the_time_of_a_run_that_was_interrupted_counts_all_attempts(tmp_path, monkeypatch):
+    clock = iter(range(0, 1000, 10))  # each look at it is ten seconds later
+    monkeypatch.setattr(execute.time, "monotonic", lambda: float(next(clock)))
+    path, folder = tmp_path / "01_a.ipynb", tmp_path / "run"
+    path.write_text(json.dumps(dict(cells=[])))
+
+    def fails(*_, **__):
+        raise RuntimeError("interrupted")
+
+    for k in (8, 16):  # what was spent on other parameters does not count
+        monkeypatch.setattr(execute.papermill, "execute_notebook", fails)
+        with pytest.raises(SystemExit, match="interrupted"):
+            execute.run(path, dict(k=k), folder, "a")
+    monkeypatch.setattr(execute.papermill, "execute_notebook", lambda _, out, *a, **k: open(out, "w").close())
+    execute.run(path, dict(k=16), folder, "a")
+    assert store.read_json(folder / "done/01_a.json")["seconds"] == 20

@@ -133,3 +133,9 @@ def test_parameters_are_read_from_the_tagged_cell(house):
     assert known["seeds"] == [0, 1] and known["layer"] == -1 and len(known) == 13
     cells = json.loads((house / "notebooks/01_a.ipynb").read_text())["cells"]
     assert "k: int = 8" in "".join(cells[0]["source"])
+
+
+def test_a_run_folder_of_another_version_is_refused_in_a_sentence(tmp_path):
+    store.write_json(tmp_path / "run.json", dict(preset="smollm2", settings={}))
+    with pytest.raises(ValueError, match="run.json is not of this version of tsae: delete this file if"):
+        notebook.settle(tmp_path, {}, "smollm2")

@@ -121,7 +121,8 @@ def run(path: Path, parameters: dict[str, object], folder: Path, label: str,
         bar: bool = False) -> None:
     """Execute a notebook into `folder`/notebooks, unless that was done with the same inputs.
 
-    SystemExit with one sentence if it fails. `bar`: a progress bar, where there is a terminal.
+    SystemExit with one sentence if it fails. `bar`: a progress bar, where there is a terminal. The
+    seconds that are kept are those of all attempts with these inputs, as each goes on.
     """
     if is_done(path, parameters, folder):
         print(f"{label}  done before", flush=True)
@@ -129,19 +130,25 @@ def run(path: Path, parameters: dict[str, object], folder: Path, label: str,
     print(f"{label}  running", flush=True)
     key, started = key_of(path, parameters, folder), time.monotonic()
     executed, done = folder / "notebooks" / path.name, folder / f"done/{path.stem}.json"
+    spent = folder / f"spent/{path.stem}.json"
+    before = store.read_json(spent) if spent.is_file() else {}
+    before = before["seconds"] if before.get("key") == key else 0.0
     executed.parent.mkdir(parents=True, exist_ok=True)
     done.unlink(missing_ok=True)  # its tables are about to change
     try:
         papermill.execute_notebook(
             str(path), str(executed), parameters, progress_bar=bar and sys.stderr.isatty(),
             extra_arguments=["--IPKernelApp.log_level=CRITICAL"])
+        seconds = before + time.monotonic() - started
     except (papermill.PapermillExecutionError, RuntimeError) as error:
         said = f"{error.ename}: {error.evalue}" if hasattr(error, "ename") else str(error)
         if isinstance(error, DeadKernelError):
             said = ("its kernel died, most often for want of memory: close other programs, or take "
                     "smaller sizes (-p memory_gb=1)")
         raise SystemExit(f"{path.stem} stopped: {said}\nIts copy is in {executed.parent}") from None
-    seconds = time.monotonic() - started
+    finally:
+        store.write_json(spent, dict(key=key, seconds=before + time.monotonic() - started))
+    spent.unlink()
     store.write_json(done, dict(key=key, parameters=own_of(parameters),
                                 seconds=round(seconds, 1)))
     print(f"{label}  done in {seconds:.0f} s", flush=True)

@@ -157,6 +157,9 @@ def settle(folder: Path, notebooks: dict[str, dict], preset: str = "") -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / ".lock"):
         noted = store.read_json(path) if path.is_file() else dict(preset="", notebooks={})
+        if not {"preset", "notebooks"} <= noted.keys():
+            raise ValueError(f"{path} is not of this version of tsae: delete this file if the run "
+                             "is of the same parameters, or move the folder away")
         same = preset and noted["preset"] == preset
         told = _differences(noted["notebooks"], notebooks)
         if not same and (told or preset and noted["preset"]):
