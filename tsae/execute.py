@@ -55,7 +55,8 @@ def execute(plan: dict[Path, dict[str, object]], folder: Path, jobs: int) -> Non
     SystemExit, in a sentence, for one that fails. It, and KeyboardInterrupt, stop the others:
     they write their checkpoints.
     """
-    logging.getLogger("papermill").setLevel(logging.CRITICAL)  # what fails is said once, below
+    for name in ("papermill", "tornado"):  # what fails is said once, below
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     waiting, running = list(plan), {}
     labels = {path: f"[{i}/{len(plan)}] {path.stem}" for i, path in enumerate(plan, 1)}
     with ThreadPoolExecutor(jobs) as pool:
