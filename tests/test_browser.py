@@ -557,3 +557,14 @@ def test_a_browser_is_served_where_a_lab_cannot_reach_it(tmp_path):
     assert address.startswith("http://127.0.0.1:")  # this machine only
     with urllib.request.urlopen(address) as page:
         assert page.read() == b"features"
+
+
+def test_a_hash_that_is_set_while_a_list_is_drawn_is_followed(chromium, pages, address):
+    """The list writes its own hash when it is drawn: not over one that came in between."""
+    chromium.open(address + "#sae=0", "document.title.startsWith('plain')")
+    for _ in range(10):
+        chromium.run("document.querySelector('#search').value = 'the'; document.querySelector('#search').dispatchEvent("
+                     "new Event('input')); location.hash = '#sae=1'")
+        chromium.until("document.title.startsWith('with table')")
+        chromium.run("location.hash = '#sae=0'")
+        chromium.until("document.title.startsWith('plain')")

@@ -3,6 +3,7 @@
 const ROW = 36, MARGIN = 12, BEFORE = 24, AFTER = 12, COLUMNS = 8;
 const $ = id => document.getElementById(id);
 let about, text, state = {}, list = null, order = [], at = 0, turn = 0, here = location.hash, wide = false;
+let seen = here;  // the page's own hash when it was last looked at: another one is on its way to `follow`
 
 // Data comes in parts: scripts beside this one that call tsae(key, value), or blocks of JSON inside the page. A page on
 // disk may not fetch, but may load scripts.
@@ -68,9 +69,10 @@ function link(to, props, ...children) {
 function go(to, write = "pushState") {
   here = to;
   try { history[write](null, "", location.href.split("#")[0] + to); } catch { /* a frame without a history */ }
+  seen = location.hash;
   if (write === "pushState") route();
 }
-function follow() { if (location.hash !== here) { here = location.hash; route(); } }
+function follow() { if (location.hash !== here) { here = seen = location.hash; route(); } }
 const toFeature = (sae, feature) => link(featureHash(sae, feature), { className: "id" }, String(feature));
 const chip = (id, plain) => plain ? make("span", { className: "chip" }, token(id))
   : link(hash({ token: id }), { className: "chip", title: `token ${id}` }, token(id));
@@ -171,7 +173,7 @@ function refresh() {
     : "No feature fits this search.";
   $("none").hidden = order.length > 0;
   ranges();
-  if (here !== listHash()) go(listHash(), "replaceState");
+  if (location.hash === seen && here !== listHash()) go(listHash(), "replaceState");
   rows();
 }
 function rows() {
