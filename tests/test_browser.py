@@ -568,3 +568,28 @@ def test_a_hash_that_is_set_while_a_list_is_drawn_is_followed(chromium, pages, a
         chromium.until("document.title.startsWith('with table')")
         chromium.run("location.hash = '#sae=0'")
         chromium.until("document.title.startsWith('plain')")
+
+
+def test_a_list_is_printed_whole_and_a_single_hit_opens(chromium, pages, address):
+    chromium.open(address + "#sae=1&q=&sort=", "document.title.startsWith('with table')")
+    chromium.run("window.dispatchEvent(new Event('beforeprint'))")
+    rows = "document.querySelectorAll('#scroll tbody tr:not(.space)').length"
+    assert chromium.run(rows) == len(pages[1][1].scores)
+    chromium.run("window.dispatchEvent(new Event('afterprint'))")
+    chromium.run("document.querySelector('#search').value = 'feature=7'; document.querySelector('#search').dispatchEvent("
+                 "new Event('input'))")
+    chromium.until(f"{rows} === 1")
+    chromium.run("document.querySelector('#search').focus()")
+    chromium.run("document.querySelector('#search').dispatchEvent(new KeyboardEvent('keydown', {key: 'Enter', bubbles: true}))")
+    chromium.until("document.title.startsWith('Feature 7')")
+
+
+def test_about_fits_a_phone(chromium, pages, address):
+    chromium.call("Emulation.setDeviceMetricsOverride", width=390, height=844, deviceScaleFactor=2, mobile=True)
+    try:
+        chromium.open(address + "#sae=1", "document.title.startsWith('with table')")
+        chromium.run("document.querySelector('#about').open = true")
+        left, right = chromium.run("(box => [box.left, box.right])(document.querySelector('#about dl').getBoundingClientRect())")
+        assert 0 <= left < right <= 390
+    finally:
+        chromium.call("Emulation.clearDeviceMetricsOverride")

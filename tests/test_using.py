@@ -1,5 +1,6 @@
 """What people do with an SAE once they have it: every snippet runs, and does what a forward pass by hand does."""
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -58,6 +59,15 @@ def test_the_strongest_features_of_a_sentence(tiny, sae):
         assert rows["feature"].tolist() == best.indices[best.values > 0].tolist()
         assert rows["code"].tolist() == pytest.approx(best.values[best.values > 0].tolist())
     assert found["token"].iloc[0] == "h" and set(found["position"]) <= set(range(1, len(TEXT) + 1))
+
+
+def test_features_that_fire_often_are_left_out(tiny, sae):
+    every = features.top(tiny, sae, 1, TEXT, features=3)
+    frequency = np.zeros(sae.n)
+    frequency[every["feature"].iloc[0]] = 0.2
+    rare = features.top(tiny, sae, 1, TEXT, 3, frequency)
+    assert every["feature"].iloc[0] not in set(rare["feature"]) and len(rare) and (rare["frequency"] == 0).all()
+    assert len(features.top(tiny, sae, 1, TEXT, 3, np.ones(sae.n))) == 0
 
 
 def test_special_tokens_and_sinks_have_no_features(tiny, sae):

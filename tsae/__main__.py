@@ -2,6 +2,7 @@
 
 import argparse
 import ast
+import difflib
 import os
 import shutil
 import signal
@@ -21,8 +22,10 @@ def read_preset(name: str) -> dict[str, object]:
     path = Path(name) if is_path else PRESETS / f"{name}.yaml"
     if not path.is_file():
         known = ", ".join(sorted(file.stem for file in PRESETS.glob("*.yaml")))
-        raise SystemExit(f"there is no preset {name!r}: the presets are {known}, or give a .yaml "
-                         "file")
+        close = difflib.get_close_matches(name, [file.stem for file in PRESETS.glob("*.yaml")], 1)
+        hint = f"did you mean {close[0]!r}? " if close else ""
+        raise SystemExit(f"there is no preset {name!r}: {hint}The presets are {known}, or give a "
+                         ".yaml file")
     try:
         settings = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except yaml.YAMLError as error:
@@ -214,6 +217,7 @@ def main(arguments: list[str] | None = None) -> None:
     fetch_inputs(settings)
     settle(folder, name, settings)
     execute.execute(plan, folder, options.jobs)
+    print(f"results in {os.path.relpath(folder)}: notebooks/ with outputs, tables/, figures/")
     if options.publish:
         publish(folder, options.preset, planned(settings, of_preset))
     if any(path.stem == execute.LAST for path in plan):

@@ -82,11 +82,14 @@ def single_token(codes: csc_array, t: np.ndarray, least: int = 50) -> float:
 
 
 @torch.no_grad()
-def top(lm, sae: SAE, layer: int, text: str, features: int = 3) -> pd.DataFrame:
+def top(lm, sae: SAE, layer: int, text: str, features: int = 3,
+        frequency: np.ndarray | None = None, most: float = 0.05) -> pd.DataFrame:
     """The strongest features at each token of a text: columns position, token, feature, code.
 
     `lm`: a tsae.lm.LM. Codes are in units of the SAE's scale; position 1 is the first after BOS.
-    Special tokens and sinks have no features.
+    Special tokens and sinks have no features. With `frequency` (n,), the share of positions at
+    which each feature fires, those that fire at more than `most` say little and are left out; the
+    frequency is a column.
     """
     row = torch.tensor([[lm.bos, *lm.tokenizer(text, add_special_tokens=False)["input_ids"]]])
     needs = sae.baseline.needs
@@ -94,12 +97,15 @@ def top(lm, sae: SAE, layer: int, text: str, features: int = 3) -> pd.DataFrame:
     known = needs.context(row.to(lm.device), found)
     kept = lm.keep(row.to(lm.device), found[layer], sae.limit or math.inf)
     codes = sae.encode(found[layer][0, 1:], known[0, 1:]) * kept[0, 1:, None]
+    if frequency is not None:
+        codes[:, torch.from_numpy(np.asarray(frequency) > most).to(codes.device)] = 0
     values, index = codes.topk(min(features, sae.n), dim=1)
     position, rank = (values > 0).cpu().nonzero(as_tuple=True)
     words = [lm.tokenizer.decode([i]) for i in row[0, 1:].tolist()]
     feature, code = index.cpu()[position, rank], values.cpu()[position, rank]
-    return pd.DataFrame(dict(position=position + 1, token=[words[i] for i in position],
-                             feature=feature, code=code))
+    table = pd.DataFrame(dict(position=position + 1, token=[words[i] for i in position],
+                              feature=feature, code=code))
+    return table if frequency is None else table.assign(frequency=frequency[table["feature"]])
 
 
 def show(tokens: list[str], codes: np.ndarray) -> HTML:

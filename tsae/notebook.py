@@ -17,8 +17,9 @@ LEAST = {"context": 2, "layer": -1, "second_layer": -1, "outliers": 0, "store_gb
          "text_tokens": 0, "distinct_tokens": 0, "effect_features": 0, "layers": 0, "seed": 0,
          "seeds": 0, "lm_seed": 0, "speedup_layers": 0, "strength": float("-inf"), "threshold": 0,
          "relu_sparsity": 0, "jumprelu_sparsity": 0, "gated_sparsity": 0, "warmup_steps": 0}
-AROUND = {"run_name", "scorer", "judge_url", "judge_model", "browse", "features_to_score",
-          "memory_gb", "store_gb"}  # change no table: they may change within a run
+AROUND = {"run_name", "scorer", "judge_url", "judge_model", "judge_features", "browse",
+          "features_to_score", "sentence", "prompt", "strength", "memory_gb",
+          "store_gb"}  # change no table: they may change within a run
 NOT_EMPTY = {"arm_names", "ks", "lengths", "main_ks", "seeds", "sizes"}
 DICTIONARY = {name: "n_features" for name in ("k", "ks", "main_ks", "plain_ks", "ks_sparser",
                                               "ks_batchtopk")} | {"silent_ks": "silent_features"}

@@ -70,8 +70,10 @@ def forecast(done: dict[Path, bool], results: Path) -> None:
     left = [known["seconds"].get(notebook.stem, 0) for notebook, finished in done.items()
             if not finished]
     if left and known["seconds"]:
-        print(f"in all about {sum(left) / 60:.0f} minutes, and {known['gigabytes']:.1f} GB of disk "
-              "for the run")
+        seconds = sum(left)
+        took = f"{seconds / 60:.0f} minutes" if seconds >= 90 else f"{seconds:.0f} seconds"
+        print(f"in all about {took} where those before it have run, and "
+              f"{known['gigabytes']:.1f} GB of disk for a whole run")
     free = shutil.disk_usage(store.ROOT).free / 1e9
     print(f"stored activations take 2 bytes a number, up to store_gb; {free:.0f} GB are free")
 

@@ -176,10 +176,10 @@ function refresh() {
   if (location.hash === seen && here !== listHash()) go(listHash(), "replaceState");
   rows();
 }
-function rows() {
+function rows(printed = 0) {
   const box = $("scroll"), focused = box.contains(document.activeElement) && document.activeElement.matches("a.id");
-  const first = Math.max(0, Math.floor(box.scrollTop / ROW) - MARGIN);
-  const last = Math.min(order.length, Math.ceil((box.scrollTop + box.clientHeight) / ROW) + MARGIN);
+  const first = printed ? 0 : Math.max(0, Math.floor(box.scrollTop / ROW) - MARGIN);
+  const last = Math.min(order.length, printed || Math.ceil((box.scrollTop + box.clientHeight) / ROW) + MARGIN);
   const space = height => height === 0 ? []
     : make("tr", { className: "space", ariaHidden: "true" }, styled(make("td"), "height", height + "px"));
   const shown = [];
@@ -535,6 +535,7 @@ document.addEventListener("keydown", event => {
     [target === pick, null],
     [key === "Escape" && open, () => { open.open = false; open.querySelector("summary").focus(); }],
     [key === "Escape", () => view === "list" ? move(0) : go(listHash())],
+    [target === $("search") && key === "Enter" && order.length === 1, () => go(featureHash(list.sae, list.feature[order[0]]))],
     [target === $("search") && (key === "Enter" || key === "ArrowDown"), () => move(0)],
     [view === "list" && step && !typing && !target.closest("details"), () => move(step)],
     [key === "r" && !typing && view !== "token", random],
@@ -551,8 +552,9 @@ document.addEventListener("click", event => {
 $("more").addEventListener("click", () => { wide = !wide; refresh(); });
 $("export").addEventListener("click", exported);
 $("search").addEventListener("input", () => { at = 0; $("scroll").scrollTop = 0; refresh(); });
-$("scroll").addEventListener("scroll", () => requestAnimationFrame(rows));
-window.addEventListener("resize", () => { if (list && !$("list").hidden) rows(); });
+$("scroll").addEventListener("scroll", () => requestAnimationFrame(() => rows()));
+for (const [event, printed] of [["resize"], ["beforeprint", 1000], ["afterprint"]])
+  window.addEventListener(event, () => { if (list && !$("list").hidden) rows(printed); });
 $("pick").addEventListener("input", options);
 $("pick").addEventListener("blur", fold);
 window.addEventListener("hashchange", follow);
