@@ -355,3 +355,15 @@ def test_the_time_of_a_run_that_was_interrupted_counts_all_attempts(tmp_path, mo
     monkeypatch.setattr(execute.papermill, "execute_notebook", lambda _, out, *a, **k: open(out, "w").close())
     execute.run(path, dict(k=16), folder, "a")
     assert store.read_json(folder / "done/01_a.json")["seconds"] == 20
+
+
+def test_notebooks_are_chosen_by_number_or_name():
+    assert [path.stem for path in command.chosen(["tour", 8, "05_figures", "1"])] == [
+        "00_tour", "01_activation_stats", "08_browser_and_blind_study", "05_figures"]
+    with pytest.raises(SystemExit, match="there is no notebook tower: there are 00_tour, 01_"):
+        command.chosen(["tower"])
+
+
+def test_a_preset_that_is_not_there_names_one_that_is_close():
+    with pytest.raises(SystemExit, match="there is no preset 'smolm2': did you mean 'smollm2'"):
+        command.read_preset("smolm2")

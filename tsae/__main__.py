@@ -122,7 +122,7 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
     add("--preset", default="embedded",
         help="a file of notebooks/presets, or a path to a yaml file")
     add("-p", action="append", default=[], metavar="name=value", help="set a notebook parameter")
-    add("--only", nargs="+", default=[], metavar="NN", help="only these notebooks, by number")
+    add("--only", nargs="+", default=[], metavar="NN", help="only these notebooks, by number or name")
     add("--jobs", type=int, default=1, metavar="N", help="notebooks at a time; default: 1")
     add("--out", default="",
         help="run folder; default: data/runs/<preset>, with a hash where -p is given")
@@ -135,10 +135,11 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def chosen(only: list[object]) -> list[Path]:
-    """The notebooks with these numbers (all, if there are none), in order, LAST at the end."""
-    wanted = {str(number).zfill(2) for number in only}
+    """The notebooks with these numbers or names (all, if none are given), LAST at the end."""
     notebooks = sorted(notebook.NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"),
                        key=lambda path: (path.stem == execute.LAST, path.name))
+    number_of = {name: path.name[:2] for path in notebooks for name in (path.stem, path.stem[3:])}
+    wanted = {number_of.get(str(one), str(one).zfill(2)) for one in only}
     missing = wanted - {path.name[:2] for path in notebooks}
     if missing or not notebooks:
         raise SystemExit(f"there is no notebook {', '.join(sorted(missing))}: there are "

@@ -121,8 +121,9 @@ def headline(results: Path) -> str:
         ("unigram_sensitivity", shares[chosen].rename(columns={"share": "value"}), "{:.1%}",
          "live features that answer to a unigram, {table}"))
     return markdown([
-        {"result": what.format(**row) + (" (lower bound)" if row.get("bound", False) else ""),
-         "value [95 % interval]": with_interval(row, form),
+        {"result": what.format(**row),
+         "value [95 % interval]": f"at least {form.format(row['value'])}" if row.get("bound", False)
+         else with_interval(row, form),
          "made by": f"`{about[f'{name}.csv']['notebook']}` ({name}.csv)"}
         for name, table, form, what in kinds for _, row in table.iterrows()])
 

@@ -171,8 +171,8 @@ def find(folder: str | Path, **settings: object) -> Path:
     fits = np.logical_and.reduce([table[name] == value for name, value in settings.items()])
     found = table[fits] if settings else table
     if len(found) != 1:
-        told = [name for name in table
-                if name != "name" and found[name].nunique(dropna=False) > 1]
+        told = [name for name in table if name not in ("name", "nmse", "dead")
+                and found[name].nunique(dropna=False) > 1]
         raise ValueError(f"{len(found)} SAEs of {folder} have these settings"
                          + (f"; they differ in {', '.join(told)}: name one" if told else ""))
     return place / found["name"].iloc[0]
