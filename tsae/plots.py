@@ -13,7 +13,9 @@ from IPython.display import display
 from tsae.baseline import FROZEN, UNTRAINED, UNTRAINED_FROZEN, WITH, WITHOUT
 from tsae.picture import HEIGHT, WIDTH, picture, write_picture
 
-COLOURS = {WITHOUT: "#6b7a8f", WITH: "#d9541e", FROZEN: "#2b6cb0"}
+COLOURS = {WITHOUT: "#6b7a8f", WITH: "#d9541e", FROZEN: "#2b6cb0",  # an arm has one everywhere
+           "no table, as many parameters": "#2f855a", "bigrams": "#8a5cc2",
+           "table, encoder sees all": "#b7791f"}
 NULLS = {UNTRAINED: "#1a202c", UNTRAINED_FROZEN: "#b7791f"}
 SEQUENCE = ["#2b6cb0", "#d9541e", "#2f855a", "#8a5cc2", "#b7791f", "#6b7a8f"]
 MORE = ["#00838f", "#ad1457", "#5d4037", "#9e9d24"]  # where a figure has more than six kinds
