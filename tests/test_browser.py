@@ -589,7 +589,8 @@ def test_about_fits_a_phone(chromium, pages, address):
     try:
         chromium.open(address + "#sae=1", "document.title.startsWith('with table')")
         chromium.run("document.querySelector('#about').open = true")
-        left, right = chromium.run("(box => [box.left, box.right])(document.querySelector('#about dl').getBoundingClientRect())")
+        left, right = chromium.run("(({left, right}) => [left, right])(document.querySelector('#about dl')"
+                                   ".getBoundingClientRect())")
         assert 0 <= left < right <= 390
     finally:
         chromium.call("Emulation.clearDeviceMetricsOverride")

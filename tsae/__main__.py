@@ -122,7 +122,8 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
     add("--preset", default="embedded",
         help="a file of notebooks/presets, or a path to a yaml file")
     add("-p", action="append", default=[], metavar="name=value", help="set a notebook parameter")
-    add("--only", nargs="+", default=[], metavar="NN", help="only these notebooks, by number or name")
+    add("--only", nargs="+", default=[], metavar="NN",
+        help="only these notebooks, by number or name")
     add("--jobs", type=int, default=1, metavar="N", help="notebooks at a time; default: 1")
     add("--out", default="",
         help="run folder; default: data/runs/<preset>, with a hash where -p is given")

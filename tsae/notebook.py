@@ -24,7 +24,7 @@ NOT_EMPTY = {"arm_names", "ks", "lengths", "main_ks", "seeds", "sizes"}
 DICTIONARY = {name: "n_features" for name in ("k", "ks", "main_ks", "plain_ks", "ks_sparser",
                                               "ks_batchtopk")} | {"silent_ks": "silent_features"}
 ENTRIES = {"layers": 0, "rates": 0.001, "silent_ks": 8, "ks_batchtopk": 8, "relu_sparsity": 3.0,
-           "jumprelu_sparsity": 1.0, "gated_sparsity": 3.0}  # of lists that are empty by default
+           "jumprelu_sparsity": 1.0, "gated_sparsity": 3.0}  # of lists empty by default
 
 
 @dataclass(frozen=True)
