@@ -219,7 +219,8 @@ def main(arguments: list[str] | None = None) -> None:
     fetch_inputs(settings)
     settle(folder, name, settings)
     execute.execute(plan, folder, options.jobs)
-    print(f"results in {os.path.relpath(folder)}: notebooks/ with outputs, tables/, figures/")
+    page = ", features.html for a web browser" if (folder / "features.html").is_file() else ""
+    print(f"results in {os.path.relpath(folder)}: notebooks/ with outputs, tables/, figures/{page}")
     if options.publish:
         publish(folder, options.preset, planned(settings, of_preset))
     if any(path.stem == execute.LAST for path in plan):
