@@ -24,7 +24,7 @@ def read_preset(name: str) -> dict[str, object]:
         known = ", ".join(sorted(file.stem for file in PRESETS.glob("*.yaml")))
         close = difflib.get_close_matches(name, [file.stem for file in PRESETS.glob("*.yaml")], 1)
         hint = f"did you mean {close[0]!r}? " if close else ""
-        raise SystemExit(f"there is no preset {name!r}: {hint}The presets are {known}, or give a "
+        raise SystemExit(f"there is no preset {name!r}: {hint}the presets are {known}, or give a "
                          ".yaml file")
     try:
         settings = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
