@@ -100,3 +100,32 @@ def test_a_kill_between_two_saes_of_a_pass_loses_nothing(memory_gb, data, tmp_pa
     for place, job in zip(places, jobs[::-1]):
         alone = trained(tmp_path / "alone", data, **job)[0]
         assert all(torch.equal(value, alone.state_dict()[name]) for name, value in SAE.load(place).state_dict().items())
+
+
+@pytest.mark.parametrize("recipe", ["ours", "code"])
+@pytest.mark.parametrize("cut", [0, 90, 170, 230])
+def test_shorter_trainings_branch_off_and_end_as_on_their_own(recipe, cut, data, tmp_path, passes, monkeypatch):
+    jobs = [SETTINGS | dict(recipe=recipe, lookup=lookup, tokens=tokens, dead_after_tokens=50)
+            for lookup in ("none", "learned") for tokens in (100, 208, 400)]
+    step, steps = train.Run.step, []
+
+    def counted(self, *batch):
+        if self.seen >= cut > 0:
+            raise Killed
+        steps.append(self.tokens)
+        return step(self, *batch)
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Run, "step", counted)
+        if cut:
+            with pytest.raises(Killed):
+                sweep(tmp_path / "together", data, jobs, checkpoint_every_s=0)
+        cut = 0
+        sweep(tmp_path / "together", data, jobs, checkpoint_every_s=0)
+    alone = sum(-(-job["tokens"] // 16) for job in jobs)
+    assert len(passes) <= 2 and len(steps) < (0.75 if recipe == "ours" else 1.01) * alone
+    for job in jobs:
+        together, history = trained(tmp_path / "together", data, **job)
+        own, its = trained(tmp_path / "alone", data, **job)
+        assert history.equals(its) and together.config == own.config
+        assert all(torch.equal(value, own.state_dict()[name]) for name, value in together.state_dict().items())
+    assert not list((tmp_path / "together").glob("unfinished/*"))

@@ -147,14 +147,26 @@ class Run:
                                  f" ended after {self.seen}: give more text, or train on fewer")
             yield x.to(self.silent.device), t.to(self.silent.device)
 
+    def rate(self, tokens: int) -> float:
+        """Share of the peak rate at the next step of a training on `tokens`."""
+        return learning_rate(self.seen / tokens, self.schedule, self.last_lr)
+
+    def branch(self, tokens: int) -> "Run":
+        """A copy that ends after `tokens`: to be taken before `rate` of the two first differs.
+
+        It is bit for bit a run of that length, unless that has `checks` or `sparsity`.
+        """
+        run = copy.deepcopy(self)
+        run.tokens, run.settings = tokens, self.settings | dict(tokens=tokens)
+        return run
+
     def step(self, x: torch.Tensor, t: torch.Tensor) -> dict[str, torch.Tensor]:
         """One optimiser step on x (b, d) raw, t (b,); returns what SAE.loss returns.
 
         Raises FloatingPointError for a loss that is NaN or infinite.
         """
         for optimiser, peak in self.optimisers:
-            fraction = learning_rate(self.seen / self.tokens, self.schedule, self.last_lr)
-            optimiser.param_groups[0]["lr"] = peak * fraction
+            optimiser.param_groups[0]["lr"] = peak * self.rate(self.tokens)
             optimiser.zero_grad()
         sparsity = self.sparsity * min(1.0, (self.seen + 1) / self.warmup_tokens)
         dead = self.silent >= self.dead_after_tokens

@@ -5,7 +5,7 @@ side by side on the cores, ranks that share a batch, checkpoints.
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from itertools import repeat
@@ -20,47 +20,75 @@ from tsae.pairs.order import Streamed
 from tsae.scale import checkpoints, parallel
 from tsae.train import Pair, Run
 
+Branch = tuple[int, int]  # a shorter training: the number of its run, and its length in tokens
 SMALL = 1 << 20  # weights of an encoder up to which a thread a run beats all threads in turn
 
 
 def fit_all(runs: list[Run], source: Iterator[Pair], quick: bool = False,
-            folder: Path | None = None, checkpoint_every_s: float = 60.0,
-            label: str = "training") -> list[pd.DataFrame]:
+            folder: Path | None = None, checkpoint_every_s: float = 60.0, label: str = "training",
+            shorter: Sequence[Branch] = (),
+            keep: Callable[[int, Run], None] | None = None) -> list[pd.DataFrame]:
     """Train many SAEs in place on one pass over `source`; returns their histories.
 
     Small SAEs are trained side by side, a thread each. In a process group every rank makes the same
     call, with runs whose `exchange` is parallel.Ranks() and a `source` of its share of each batch.
-    With `folder`, a checkpoint is written there every `checkpoint_every_s` seconds and on Ctrl-C or
-    SIGTERM; the same call then goes on from the newest whole one, bit for bit (`source` must have
-    state() and restore()). `quick`: steps run inside `kernels.quick_products`. Raises ValueError
-    when the source ends early or the checkpoint is of other settings, FloatingPointError when a
-    loss or a parameter is not finite; a checkpoint never holds such a one.
+    With `folder`, a checkpoint is written there every `checkpoint_every_s` seconds (less often
+    where that would take over 5 % of the time), and on Ctrl-C or SIGTERM; the same call then goes
+    on from the newest whole one, bit for bit (`source` must have state() and restore()). `quick`:
+    steps run inside `kernels.quick_products`.
+
+    `shorter` has shorter trainings of the runs. Such a one is the same until its rate begins to
+    fall: there it branches off, and `keep` gets the run's number and the branch when that ends
+    (after an interruption perhaps once more).
+
+    Raises ValueError when the source ends early or the checkpoint is of other settings,
+    FloatingPointError when a loss or a parameter is not finite (a checkpoint never holds one).
     """
     first, threads = runs[0], torch.get_num_threads()
     if any(run.tokens != first.tokens for run in runs):
         lengths = sorted({run.tokens for run in runs})
         raise ValueError(f"runs on one pass need one length, got {lengths} tokens")
+    branches: dict[Branch, Run] = {}
     if folder:
-        _restore(runs, source, quick, folder)
-    saved = time.monotonic()
+        _restore(runs, branches, source, quick, folder)
+    waiting = [place for place in shorter if first.seen < place[1] and place not in branches]
+    saved, pause = time.monotonic(), checkpoint_every_s
     with checkpoints.stoppable() as stop, _side_by_side(runs) as each, _bar(first, label) as bar:
         for x, t in first.until_done(_on_all_threads(source, threads)):
+            waiting = _branch_off(runs, branches, waiting)
+            together = [*runs, *branches.values()]
             with quick_products(quick):
-                outs = list(each(Run.step, runs, repeat(x), repeat(t)))
+                outs = list(each(Run.step, together, repeat(x), repeat(t)))
             with _threads(threads):
-                for run, out in zip(runs, outs):
+                for run, out in zip(together, outs):
                     if run.due():
                         run.history.append(run.line(x, out))
             del outs, out  # the next step may need the memory
+            for place in [place for place, run in branches.items() if run.seen >= run.tokens]:
+                keep(place[0], branches.pop(place))
             bar.update(first.seen - bar.n)
-            wanted = bool(folder) and time.monotonic() - saved >= checkpoint_every_s
+            wanted = bool(folder) and time.monotonic() - saved >= pause
             asked = parallel.any_rank(stop.signal or wanted, x.device)  # over 1: a signal
             if folder and asked:
-                _save(runs, source, quick, folder)
+                begun = time.monotonic()
+                _save(runs, branches, source, quick, folder)
                 saved = time.monotonic()
+                pause = checkpoint_every_s and max(checkpoint_every_s, 20 * (saved - begun))
             if asked > 1:
                 checkpoints.Stop(asked).leave()
     return [run.finish() for run in runs]
+
+
+def _branch_off(runs: list[Run], branches: dict[Branch, Run],
+                waiting: list[Branch]) -> list[Branch]:
+    """Add the branches whose rate differs from now on; returns those that still wait."""
+    later = []
+    for i, tokens in waiting:
+        if runs[i].rate(tokens) == runs[i].rate(runs[i].tokens):
+            later.append((i, tokens))
+        else:
+            branches[i, tokens] = runs[i].branch(tokens)
+    return later
 
 
 def _bar(run: Run, label: str) -> tqdm:
@@ -104,11 +132,13 @@ def _threads(n: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _save(runs: list[Run], source: Iterator[Pair], quick: bool, folder: Path) -> None:
-    for run in runs:
+def _save(runs: list[Run], branches: dict[Branch, Run], source: Iterator[Pair], quick: bool,
+          folder: Path) -> None:
+    together = [*runs, *branches.values()]
+    for run in together:
         run.refuse_nan_weights()
-    state = dict(quick=quick, source=source.state(),
-                 runs={str(i): _state(run) for i, run in enumerate(runs)})
+    state = dict(quick=quick, source=source.state(), branches=[list(place) for place in branches],
+                 runs={str(i): _state(run) for i, run in enumerate(together)})
     parallel.save(folder, runs[0].seen, state, _sharded(runs))
 
 
@@ -146,19 +176,24 @@ def _cloned(value):
     return value.clone() if isinstance(value, torch.Tensor) else value
 
 
-def _restore(runs: list[Run], source: Iterator[Pair], quick: bool, folder: Path) -> None:
+def _restore(runs: list[Run], branches: dict[Branch, Run], source: Iterator[Pair], quick: bool,
+             folder: Path) -> None:
     """Bring runs and source to where the newest checkpoint in `folder` is, if there is one.
+
+    `branches` get those that it has.
 
     Raises ValueError that names the settings in which it is not one of these runs.
     """
     state = parallel.newest(folder, _sharded(runs))
     if not state:
         return
-    if len(state["runs"]) != len(runs):
-        raise ValueError(f"the checkpoint in {folder} is of {len(state['runs'])} SAEs, and "
+    places = [tuple(place) for place in state.get("branches", [])]
+    if (trained := len(state["runs"]) - len(places)) != len(runs):
+        raise ValueError(f"the checkpoint in {folder} is of {trained} SAEs, and "
                          f"{len(runs)} are to be trained: go on with the same ones, or choose "
                          "another folder")
-    for i, run in enumerate(runs):
+    branches.update({(i, tokens): runs[i].branch(tokens) for i, tokens in places})
+    for i, run in enumerate([*runs, *branches.values()]):
         there = state["runs"][str(i)].get("settings", {}) | dict(quick=state.get("quick"))
         differ = [f"{name} {there.get(name)!r} (asked for: {value!r})"
                   for name, value in (run.settings | dict(quick=quick)).items()
@@ -167,5 +202,5 @@ def _restore(runs: list[Run], source: Iterator[Pair], quick: bool, folder: Path)
             raise ValueError(f"the checkpoint in {folder} is of an SAE with {', '.join(differ)}: "
                              "go on with its settings, or choose another folder")
     source.restore(_cloned(state["source"]))
-    for i, run in enumerate(runs):
+    for i, run in enumerate([*runs, *branches.values()]):
         _go_on(run, state["runs"][str(i)])

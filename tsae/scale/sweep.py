@@ -18,7 +18,7 @@ from tsae.baseline import Baseline
 from tsae.pairs.prepare import Data
 from tsae.sae import SAE
 from tsae.scale import parallel
-from tsae.scale.passes import fit_all
+from tsae.scale.passes import SMALL, fit_all
 
 PLAN = "jobs.json"  # in the folder of an unfinished pass: which SAEs it trains, in their order
 
@@ -45,17 +45,20 @@ def sweep(folder: Path, data: Data, jobs: list[dict], memory_gb: float = 4.0,
     """Train the SAEs of `jobs` that are not in `folder` yet; returns where each lies, in order.
 
     A job holds the arguments of `trained`. SAEs of one seed see the same batches in one pass, as
-    many at a time as `memory_gb` allows. A pass that was interrupted goes on first, as it was
-    planned, whatever `memory_gb` is now. Raises ValueError for a job that cannot fit, or for an
+    many at a time as `memory_gb` allows; those that differ in their length only share their steps
+    until the rate of the shorter begins to fall. A pass that was interrupted goes on first, as it
+    was planned, whatever `memory_gb` is now. Raises ValueError for a job that cannot fit, or for an
     unknown recipe or change.
     """
     folder = Path(folder)
     jobs = [_Job(folder, data, **job) for job in jobs]
     known = {job.place.name: job for job in jobs}
+    list(_groups(list(known.values()), memory_gb))  # refuses what cannot fit
     begun = _begun(folder, known)
-    taken = {job.place for group in begun for job in group}
-    missing = [job for job in known.values() if not job.done and job.place not in taken]
-    for group in begun + list(_groups(missing, memory_gb)):
+    for group in begun:
+        _pass(folder, data, group, checkpoint_every_s)
+    missing = [job for job in known.values() if not job.done]
+    for group in _groups(missing, memory_gb):
         _pass(folder, data, group, checkpoint_every_s)
     for place, names in _planned(folder):  # what passes of another plan left
         if all(name in known and known[name].done for name in names):
@@ -101,11 +104,14 @@ class _Job:
         if lookup != "none" or known is not None:
             del self.named["plain_scale"]  # it is of SAEs without a table
         vocabulary, d_model = data.unigrams.shape
+        self.large = n * d_model > SMALL
         rows = 0 if lookup == "none" else vocabulary
         if known is not None:
             self.named |= dict(known=known.config, known_state=store.content(known.state_dict()))
             rows = sum(p.numel() for p in known.parameters()) // d_model
         self.place = folder / store.key(**self.named)
+        branches = not (sparsity or checks or parallel.together())
+        self.stem = store.key(**self.named | dict(tokens=0)) if branches else self.place.name
         self.bytes = needed_bytes(d_model, n, activation, k, rows, data.identity["batch"])
 
     @property
@@ -153,12 +159,21 @@ def _pass(folder: Path, data: Data, group: list[_Job], checkpoint_every_s: float
     names = [job.place.name for job in group]
     unfinished = folder / "unfinished" / store.key(places=names)
     store.write_json(unfinished / PLAN, dict(places=names))
-    runs, first = [job.run(data) for job in group], group[0]
+    longest = [job for job in group if job.tokens == max(job.tokens for job in group)]
+    runs, first = [job.run(data) for job in longest], group[0]
     table = "+ table " * (first.shape["lookup"] != "none" or first.known is not None)
     label = f"{len(group)} SAEs" if len(group) > 1 else f"{first.shape['activation']} {table}"
+    branches = {(i, job.tokens): job for i, whole in enumerate(longest) for job in group
+                if job.stem == whole.stem and job is not whole}
+
+
+    def keep(i: int, run: train.Run) -> None:
+        if not (job := branches[i, run.tokens]).done:
+            job.keep(run.sae, run.finish())
+
     histories = fit_all(runs, data.source(first.seed), first.quick, unfinished, checkpoint_every_s,
-                        f"{label} seed {first.seed}")
-    for job, run, history in zip(group, runs, histories):
+                        f"{label} seed {first.seed}", list(branches), keep)
+    for job, run, history in zip(longest, runs, histories):
         if not job.done:
             job.keep(run.sae, history)
     shutil.rmtree(unfinished, ignore_errors=True)
@@ -196,14 +211,25 @@ def needed_bytes(d_model: int, n: int, activation: str, k: int, rows: int, batch
 
 
 def _groups(jobs: list[_Job], memory_gb: float) -> Iterator[list[_Job]]:
-    """Jobs that can share a pass, as many together as fit."""
-    passes: dict[tuple, list[_Job]] = {}
+    """Jobs that can share a pass, as many together as fit: large ones apart from small ones."""
+    stems: dict[str, list[_Job]] = {}
     for job in jobs:
         if job.bytes > memory_gb * 1e9:
             raise ValueError(
                 f"training this SAE takes about {job.bytes / 1e9:.1f} GB, and `memory_gb` is "
                 f"{memory_gb:g}: raise it, or choose fewer features or a smaller batch "
                 f"({job.settings})")
-        passes.setdefault((job.seed, job.tokens, job.quick), []).append(job)
+        stems.setdefault(job.stem, []).append(job)
+    passes: dict[tuple, list[list[_Job]]] = {}
+    for chain in stems.values():
+        longest = max(job.tokens for job in chain)
+        same = chain[0].seed, longest, chain[0].quick, chain[0].large
+        passes.setdefault(same, []).append(chain)
     for same_batches in passes.values():
-        yield from parallel.in_groups(same_batches, lambda job: job.bytes, memory_gb * 1e9)
+        for together in parallel.in_groups(same_batches, _chain_bytes, memory_gb * 1e9):
+            yield [job for chain in together for job in chain]
+
+
+def _chain_bytes(chain: list[_Job]) -> int:
+    """A run, and one that branches off."""
+    return chain[0].bytes * min(2, len(chain))
