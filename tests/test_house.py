@@ -27,7 +27,7 @@ FLOORS = {
          "features plots train interop readme overview execute", "__main__"),
     "pairs": ("extract", "shards", "order", "prepare", "known"),
     "scale": ("checkpoints", "parallel", "sharded passes", "sweep", "__main__"),
-    "scoring": ("heldout", "ladder tokens rules effects dictionary compare judge nulls", "table scores"),
+    "scoring": ("heldout", "ladder tokens rules effects dictionary compare judge nulls labels", "table scores"),
     "browser": ("gather", "pages"),
     "study": ("agreement", "form"),
 }

@@ -498,7 +498,7 @@ def test_a_docstring_may_hold_a_lone_surrogate(tmp_path, monkeypatch, capsys):
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "odd_package").mkdir()
     (tmp_path / "odd_package" / "a.py").write_text('"""' + "Half of a pair: \\ud800. " * 9 + '"""')
-    assert text.docstrings(["odd_package"]) == ["Half of a pair: \ufffd. " * 9]
+    assert list(text.docstrings(["odd_package"])) == ["Half of a pair: \ufffd. " * 9]
 
 
 def naive_fresh(texts, share):

