@@ -202,8 +202,8 @@ def labels(corpus: str, rows: torch.Tensor, tokenizer,
     author (presidents of one surname are one). Raises ValueError where the rows are others.
     """
     if not labelled(corpus):
-        raise ValueError(f"nothing is known of the documents of {corpus!r}: docstrings and sotu have "
-                         "labels")
+        raise ValueError(f"nothing is known of the documents of {corpus!r}: labels are known of "
+                         "docstrings and sotu")
     known = {text: labels for part in _parts(corpus) for text, labels in _labelled(part).items()}
     bos, wanted, found, which, stream = bos_id(tokenizer), rows[:, 1:].numel(), [], [], []
     for text in filter(str.strip, documents(corpus)):
