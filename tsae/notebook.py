@@ -14,9 +14,10 @@ from tsae import store
 NOTEBOOKS = store.ROOT / "notebooks"
 # Numbers are above 0. These may be lower: the least that each may be.
 LEAST = {"context": 2, "layer": -1, "second_layer": -1, "outliers": 0, "store_gb": 0, "below": 0,
-         "text_tokens": 0, "distinct_tokens": 0, "middle": 0, "effect_features": 0, "layers": 0,
-         "seed": 0, "seeds": 0, "lm_seed": 0, "speedup_layers": 0, "strength": float("-inf"),
-         "threshold": 0, "relu_sparsity": 0, "jumprelu_sparsity": 0, "gated_sparsity": 0, "warmup_steps": 0}
+         "text_tokens": 0, "distinct_tokens": 0, "middle": 0, "equal_tokens": 0,
+         "effect_features": 0, "layers": 0, "seed": 0, "seeds": 0, "lm_seed": 0,
+         "speedup_layers": 0, "strength": float("-inf"), "threshold": 0, "relu_sparsity": 0,
+         "jumprelu_sparsity": 0, "gated_sparsity": 0, "warmup_steps": 0}
 AROUND = {"run_name", "scorer", "judge_url", "judge_model", "judge_features", "browse",
           "features_to_score", "sentence", "prompt", "strength", "memory_gb",
           "store_gb"}  # change no table: they may change within a run
