@@ -53,12 +53,10 @@ def sweep(folder: Path, data: Data, jobs: list[dict], memory_gb: float = 4.0,
     folder = Path(folder)
     jobs = [_Job(folder, data, **job) for job in jobs]
     known = {job.place.name: job for job in jobs}
-    list(_groups(list(known.values()), memory_gb))  # refuses what cannot fit
     begun = _begun(folder, known)
-    for group in begun:
-        _pass(folder, data, group, checkpoint_every_s)
-    missing = [job for job in known.values() if not job.done]
-    for group in _groups(missing, memory_gb):
+    taken = {job.place for group in begun for job in group}
+    missing = [job for job in known.values() if not job.done and job.place not in taken]
+    for group in begun + list(_groups(missing, memory_gb)):
         _pass(folder, data, group, checkpoint_every_s)
     for place, names in _planned(folder):  # what passes of another plan left
         if all(name in known and known[name].done for name in names):
@@ -110,7 +108,7 @@ class _Job:
             self.named |= dict(known=known.config, known_state=store.content(known.state_dict()))
             rows = sum(p.numel() for p in known.parameters()) // d_model
         self.place = folder / store.key(**self.named)
-        branches = not (sparsity or checks or parallel.together())
+        branches = not (sparsity or checks or parallel.together())  # see train.Run.branch
         self.stem = store.key(**self.named | dict(tokens=0)) if branches else self.place.name
         self.bytes = needed_bytes(d_model, n, activation, k, rows, data.identity["batch"])
 
@@ -165,7 +163,6 @@ def _pass(folder: Path, data: Data, group: list[_Job], checkpoint_every_s: float
     label = f"{len(group)} SAEs" if len(group) > 1 else f"{first.shape['activation']} {table}"
     branches = {(i, job.tokens): job for i, whole in enumerate(longest) for job in group
                 if job.stem == whole.stem and job is not whole}
-
 
     def keep(i: int, run: train.Run) -> None:
         if not (job := branches[i, run.tokens]).done:
