@@ -102,17 +102,19 @@ def test_a_kill_between_two_saes_of_a_pass_loses_nothing(memory_gb, data, tmp_pa
         assert all(torch.equal(value, alone.state_dict()[name]) for name, value in SAE.load(place).state_dict().items())
 
 
-@pytest.mark.parametrize("recipe", ["ours", "code"])
-@pytest.mark.parametrize("cut", [0, 90, 170, 230])
-def test_shorter_trainings_branch_off_and_end_as_on_their_own(recipe, cut, data, tmp_path, passes, monkeypatch):
-    jobs = [SETTINGS | dict(recipe=recipe, lookup=lookup, tokens=tokens, dead_after_tokens=50)
-            for lookup in ("none", "learned") for tokens in (100, 208, 400)]
-    step, steps = train.Run.step, []
+@pytest.mark.parametrize("lengths, last_lr, share", [  # one and three batches have no step at a lower rate of their own
+    ((100, 208, 400), 0.0, 0.75), ((16, 48, 100), 0.0, 0.85), ((100, 200), 1.0, 0.8)])
+@pytest.mark.parametrize("cut", [0, 40, 90, 170, 230])
+def test_shorter_trainings_branch_off_and_end_as_on_their_own(lengths, last_lr, share, cut, data, tmp_path, passes,
+                                                              monkeypatch):
+    jobs = [SETTINGS | dict(lookup=lookup, tokens=tokens, last_lr=last_lr, dead_after_tokens=50)
+            for lookup in ("none", "learned") for tokens in lengths]
+    cut, step, steps = cut if cut < max(lengths) else 0, train.Run.step, []
 
     def counted(self, *batch):
         if self.seen >= cut > 0:
             raise Killed
-        steps.append(self.tokens)
+        steps.append(1)
         return step(self, *batch)
     with monkeypatch.context() as patch:
         patch.setattr(train.Run, "step", counted)
@@ -122,10 +124,40 @@ def test_shorter_trainings_branch_off_and_end_as_on_their_own(recipe, cut, data,
         cut = 0
         sweep(tmp_path / "together", data, jobs, checkpoint_every_s=0)
     alone = sum(-(-job["tokens"] // 16) for job in jobs)
-    assert len(passes) <= 2 and len(steps) < (0.75 if recipe == "ours" else 1.01) * alone
+    assert len(passes) <= 2 and len(steps) < share * alone
     for job in jobs:
         together, history = trained(tmp_path / "together", data, **job)
         own, its = trained(tmp_path / "alone", data, **job)
         assert history.equals(its) and together.config == own.config
         assert all(torch.equal(value, own.state_dict()[name]) for name, value in together.state_dict().items())
     assert not list((tmp_path / "together").glob("unfinished/*"))
+
+
+def test_what_cannot_branch_off_is_trained_alone_and_memory_counts_the_branches(data, tmp_path, passes):
+    def groups(memory_gb=4.0, **changes):
+        jobs = [SETTINGS | changes | dict(tokens=tokens) for tokens in (100, 110, 200)]
+        before = len(passes)
+        for job, place in zip(jobs, sweep(tmp_path / store.key(**changes, memory=memory_gb), data, jobs, memory_gb)):
+            assert SAE.load(place) and store.read_json(place / "settings.json")["tokens"] == job["tokens"]
+        return [len(runs) for runs in passes[before:]]
+
+    one = needed_bytes(16, 32, "topk", 2, 257, 16) / 1e9
+    assert groups() == [1] and groups(3.1 * one) == [1], "one run, two branches of which live together"
+    assert groups(2.9 * one) == [1, 1, 1]
+    assert groups(recipe="code") == [1, 1, 1], "the rates differ from the second step on"
+    assert groups(activation="relu", sparsity=0.1) == [1, 1, 1] and groups(checks=2) == [1, 1, 1]
+
+
+def test_a_lost_sae_of_an_interrupted_pass_is_trained_again(data, tmp_path, monkeypatch):
+    jobs, step = [SETTINGS | dict(tokens=tokens) for tokens in (100, 400)], train.Run.step
+
+    def dies(self, *batch):
+        if self.seen >= 200:
+            raise Killed
+        return step(self, *batch)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(train.Run, "step", dies)
+        sweep(tmp_path, data, jobs, checkpoint_every_s=0)
+    kept, = tmp_path.glob("*/history.csv")
+    kept.unlink()
+    assert all((place / "history.csv").is_file() for place in sweep(tmp_path, data, jobs))

@@ -152,9 +152,10 @@ class Run:
         return learning_rate(self.seen / tokens, self.schedule, self.last_lr)
 
     def branch(self, tokens: int) -> "Run":
-        """A copy that ends after `tokens`: to be taken before `rate` of the two first differs.
+        """A copy that ends after `tokens`, bit for bit a run of that length.
 
-        It is bit for bit a run of that length, unless that has `checks` or `sparsity`.
+        To be taken before the first step at which `rate` of the two differs, and before that run's
+        last one; not for runs with `checks` or `sparsity`.
         """
         run = copy.deepcopy(self)
         run.tokens, run.settings = tokens, self.settings | dict(tokens=tokens)

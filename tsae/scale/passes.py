@@ -27,7 +27,7 @@ SMALL = 1 << 20  # weights of an encoder up to which a thread a run beats all th
 def fit_all(runs: list[Run], source: Iterator[Pair], quick: bool = False,
             folder: Path | None = None, checkpoint_every_s: float = 60.0, label: str = "training",
             shorter: Sequence[Branch] = (),
-            keep: Callable[[int, Run], None] | None = None) -> list[pd.DataFrame]:
+            keep: Callable[[int, Run], None] = lambda i, run: None) -> list[pd.DataFrame]:
     """Train many SAEs in place on one pass over `source`; returns their histories.
 
     Small SAEs are trained side by side, a thread each. In a process group every rank makes the same
@@ -51,11 +51,14 @@ def fit_all(runs: list[Run], source: Iterator[Pair], quick: bool = False,
     branches: dict[Branch, Run] = {}
     if folder:
         _restore(runs, branches, source, quick, folder)
-    waiting = [place for place in shorter if first.seen < place[1] and place not in branches]
+    if not branches.keys() <= set(shorter):
+        raise ValueError(f"the checkpoint in {folder} has shorter trainings {list(branches)} that "
+                         "were not asked for: go on with its settings, or choose another folder")
+    waiting = [branch for branch in shorter if first.seen < branch[1] and branch not in branches]
     saved, pause = time.monotonic(), checkpoint_every_s
     with checkpoints.stoppable() as stop, _side_by_side(runs) as each, _bar(first, label) as bar:
         for x, t in first.until_done(_on_all_threads(source, threads)):
-            waiting = _branch_off(runs, branches, waiting)
+            waiting = _branch_off(runs, branches, waiting, len(t) * first.exchange.world)
             together = [*runs, *branches.values()]
             with quick_products(quick):
                 outs = list(each(Run.step, together, repeat(x), repeat(t)))
@@ -64,8 +67,8 @@ def fit_all(runs: list[Run], source: Iterator[Pair], quick: bool = False,
                     if run.due():
                         run.history.append(run.line(x, out))
             del outs, out  # the next step may need the memory
-            for place in [place for place, run in branches.items() if run.seen >= run.tokens]:
-                keep(place[0], branches.pop(place))
+            for i, tokens in [branch for branch, run in branches.items() if run.seen >= run.tokens]:
+                keep(i, branches.pop((i, tokens)))
             bar.update(first.seen - bar.n)
             wanted = bool(folder) and time.monotonic() - saved >= pause
             asked = parallel.any_rank(stop.signal or wanted, x.device)  # over 1: a signal
@@ -79,12 +82,16 @@ def fit_all(runs: list[Run], source: Iterator[Pair], quick: bool = False,
     return [run.finish() for run in runs]
 
 
-def _branch_off(runs: list[Run], branches: dict[Branch, Run],
-                waiting: list[Branch]) -> list[Branch]:
-    """Add the branches whose rate differs from now on; returns those that still wait."""
+def _branch_off(runs: list[Run], branches: dict[Branch, Run], waiting: list[Branch],
+                batch: int) -> list[Branch]:
+    """Add the branches whose rate differs at the next step of `batch` tokens, or whose last it is.
+
+    Returns those that still wait.
+    """
     later = []
     for i, tokens in waiting:
-        if runs[i].rate(tokens) == runs[i].rate(runs[i].tokens):
+        same = runs[i].rate(tokens) == runs[i].rate(runs[i].tokens)
+        if same and runs[i].seen + batch < tokens:
             later.append((i, tokens))
         else:
             branches[i, tokens] = runs[i].branch(tokens)
@@ -137,7 +144,7 @@ def _save(runs: list[Run], branches: dict[Branch, Run], source: Iterator[Pair], 
     together = [*runs, *branches.values()]
     for run in together:
         run.refuse_nan_weights()
-    state = dict(quick=quick, source=source.state(), branches=[list(place) for place in branches],
+    state = dict(quick=quick, source=source.state(), branches=[list(branch) for branch in branches],
                  runs={str(i): _state(run) for i, run in enumerate(together)})
     parallel.save(folder, runs[0].seen, state, _sharded(runs))
 
@@ -187,12 +194,12 @@ def _restore(runs: list[Run], branches: dict[Branch, Run], source: Iterator[Pair
     state = parallel.newest(folder, _sharded(runs))
     if not state:
         return
-    places = [tuple(place) for place in state.get("branches", [])]
-    if (trained := len(state["runs"]) - len(places)) != len(runs):
+    begun = [tuple(branch) for branch in state.get("branches", [])]
+    if (trained := len(state["runs"]) - len(begun)) != len(runs):
         raise ValueError(f"the checkpoint in {folder} is of {trained} SAEs, and "
                          f"{len(runs)} are to be trained: go on with the same ones, or choose "
                          "another folder")
-    branches.update({(i, tokens): runs[i].branch(tokens) for i, tokens in places})
+    branches.update({(i, tokens): runs[i].branch(tokens) for i, tokens in begun})
     for i, run in enumerate([*runs, *branches.values()]):
         there = state["runs"][str(i)].get("settings", {}) | dict(quick=state.get("quick"))
         differ = [f"{name} {there.get(name)!r} (asked for: {value!r})"

@@ -46,22 +46,26 @@ def sweep(folder: Path, data: Data, jobs: list[dict], memory_gb: float = 4.0,
 
     A job holds the arguments of `trained`. SAEs of one seed see the same batches in one pass, as
     many at a time as `memory_gb` allows; those that differ in their length only share their steps
-    until the rate of the shorter begins to fall. A pass that was interrupted goes on first, as it
-    was planned, whatever `memory_gb` is now. Raises ValueError for a job that cannot fit, or for an
-    unknown recipe or change.
+    until the rate of the shorter begins to fall. Large SAEs are not trained beside small ones. A
+    pass that was interrupted goes on first, as it was planned, whatever `memory_gb` is now. Raises
+    ValueError for a job that cannot fit, or for an unknown recipe or change.
     """
     folder = Path(folder)
     jobs = [_Job(folder, data, **job) for job in jobs]
     known = {job.place.name: job for job in jobs}
     begun = _begun(folder, known)
     taken = {job.place for group in begun for job in group}
-    missing = [job for job in known.values() if not job.done and job.place not in taken]
-    for group in begun + list(_groups(missing, memory_gb)):
+    new = [job for job in known.values() if not job.done and job.place not in taken]
+    _refuse_large(new, memory_gb)
+    for group in begun:
+        _pass(folder, data, group, checkpoint_every_s)
+    missing = [job for job in known.values() if not job.done]
+    for group in _groups(missing, memory_gb):
         _pass(folder, data, group, checkpoint_every_s)
     for place, names in _planned(folder):  # what passes of another plan left
         if all(name in known and known[name].done for name in names):
             shutil.rmtree(place, ignore_errors=True)
-    if parallel.main() and (missing or begun or not (folder / "index.csv").is_file()):
+    if parallel.main() and (new or begun or not (folder / "index.csv").is_file()):
         _index(folder)
     return [job.place for job in jobs]
 
@@ -108,7 +112,8 @@ class _Job:
             self.named |= dict(known=known.config, known_state=store.content(known.state_dict()))
             rows = sum(p.numel() for p in known.parameters()) // d_model
         self.place = folder / store.key(**self.named)
-        branches = not (sparsity or checks or parallel.together())  # see train.Run.branch
+        steady = self.recipe["schedule"] == "decay"  # under others the rates differ from the start
+        branches = steady and not (sparsity or checks or parallel.together())  # see Run.branch
         self.stem = store.key(**self.named | dict(tokens=0)) if branches else self.place.name
         self.bytes = needed_bytes(d_model, n, activation, k, rows, data.identity["batch"])
 
@@ -207,26 +212,37 @@ def needed_bytes(d_model: int, n: int, activation: str, k: int, rows: int, batch
     return 4 * (weights + step)
 
 
-def _groups(jobs: list[_Job], memory_gb: float) -> Iterator[list[_Job]]:
-    """Jobs that can share a pass, as many together as fit: large ones apart from small ones."""
-    stems: dict[str, list[_Job]] = {}
+def _refuse_large(jobs: list[_Job], memory_gb: float) -> None:
     for job in jobs:
         if job.bytes > memory_gb * 1e9:
             raise ValueError(
                 f"training this SAE takes about {job.bytes / 1e9:.1f} GB, and `memory_gb` is "
                 f"{memory_gb:g}: raise it, or choose fewer features or a smaller batch "
                 f"({job.settings})")
+
+
+def _groups(jobs: list[_Job], memory_gb: float) -> Iterator[list[_Job]]:
+    """Jobs that can share a pass, as many together as fit: large ones apart from small ones."""
+    stems: dict[str, list[_Job]] = {}
+    for job in jobs:
         stems.setdefault(job.stem, []).append(job)
     passes: dict[tuple, list[list[_Job]]] = {}
-    for chain in stems.values():
-        longest = max(job.tokens for job in chain)
-        same = chain[0].seed, longest, chain[0].quick, chain[0].large
-        passes.setdefault(same, []).append(chain)
+    for stem in stems.values():
+        fits = _chain_bytes(stem) <= memory_gb * 1e9
+        for chain in [stem] if fits else [[job] for job in stem]:
+            longest = max(job.tokens for job in chain)
+            same = chain[0].seed, longest, chain[0].quick, chain[0].large
+            passes.setdefault(same, []).append(chain)
     for same_batches in passes.values():
         for together in parallel.in_groups(same_batches, _chain_bytes, memory_gb * 1e9):
             yield [job for chain in together for job in chain]
 
 
 def _chain_bytes(chain: list[_Job]) -> int:
-    """A run, and one that branches off."""
-    return chain[0].bytes * min(2, len(chain))
+    """Peak memory of jobs that differ in their length only: the longest, and its branches.
+
+    A branch lives over the last 20 % of its training: as many live together as such spans overlap.
+    """
+    shorter = sorted(job.tokens for job in chain)[:-1]
+    together = [sum(0.8 * tokens < end <= tokens for tokens in shorter) for end in shorter]
+    return chain[0].bytes * (1 + max(together, default=0))
