@@ -53,16 +53,25 @@ def test_auc_is_that_of_the_textbook_and_its_draws_lie_around_it():
     some = np.where(np.arange(60) < 10, np.nan, flag)
     assert labels.auc(guess[0, 0], some) == pytest.approx(roc_auc_score(flag[10:], guess[0, 0, 10:]))
     assert np.isnan(labels.auc(guess[0, 0], np.ones(60)))
-    draws = labels.mean_auc(guess, flag[None], 200)
-    assert draws[0] == pytest.approx(np.mean([roc_auc_score(flag, one[0]) for one in guess]))
-    assert np.quantile(draws, 0.05) < draws[0] < np.quantile(draws, 0.95)
-    assert np.array_equal(draws, labels.mean_auc(guess, flag[None], 200)), "the same draws serve all arms"
+    each = [roc_auc_score(flag, one[0]) for one in guess]
+    value, low, high = labels.mean_auc(guess, flag[None], ["kind: a"])
+    assert value == pytest.approx(np.mean(each)) and low < min(each) and high > max(each), "Student's t of two is wide"
+    assert labels.mean_auc(guess, flag[None], ["kind: a"], guess) == (0, 0, 0), "the same draws serve both"
+    assert np.isnan(labels.mean_auc(guess[:1], flag[None], ["kind: a"])[1:]).all(), "one seed has no interval"
+
+
+def test_kinds_count_alike_however_many_values_they_have():
+    flag = np.tile([1.0, 0], 20)
+    right, wrong = flag[None], 1 - flag[None]
+    guesses = np.stack([np.concatenate([right, wrong, wrong])] * 2)
+    value, *_ = labels.mean_auc(guesses, np.stack([flag] * 3), ["a: x", "b: x", "b: y"])
+    assert value == 0.5
 
 
 def test_flags_are_within_a_kind_and_need_enough_documents_on_both_sides():
     told = [dict(kind="a", package=name) for name in "xxxyyz"] + [dict(kind="b")] * 3
     found = {name: (fit, test) for name, fit, test in labels.flags(told, np.arange(9), np.arange(9), least=2)}
-    assert set(found) == {"kind: a", "kind: b", "package: x", "package: y"}, "z stands in one document"
+    assert set(found) == {"kind: a", "package: x", "package: y"}, "z stands in one document; b is what is not a"
     np.testing.assert_array_equal(found["package: y"][0], [0, 0, 0, 1, 1, 0, np.nan, np.nan, np.nan])
 
 
@@ -89,7 +98,7 @@ def test_held_out_rows_know_where_their_documents_come_from(tmp_path, monkeypatc
     for number, its in enumerate(told):
         words = tokenizer.decode(rows[:, 1:][document[:, 1:] == number])
         if its["kind"] == "sotu" and words:
-            assert its["author"] in words and its["century"] == {"Jefferson": "19th century"}.get(its["author"], "20th century")
+            assert its["author"] in words and its["century"] == {"Jefferson": "1800s", "Clinton": "1900s"}[its["author"]]
         elif words:
             assert its == dict(kind="docstrings", package="pack", section="pack/sub") and "array of zeros" in words
         seen.add(its.get("author", "docstrings"))

@@ -79,7 +79,7 @@ def test_arms_are_compared_over_training_length(model_folder, corpus, tmp_path):
     runs = store.read_table(tmp_path / "run/tables/length_runs.csv").groupby("arm")["parameters"].first()
     assert runs["no table, as many parameters"] == pytest.approx(runs["with table"], rel=0.03)  # and biases
     tried = store.read_table(tmp_path / "run/tables/length_rates.csv")
-    assert len(tried) == 10 * 2 * 2, "every arm is tuned over the same grid"
+    assert len(tried) == 12 * 2 * 2, "every arm is tuned over the same grid"
 
 
 def test_res_jb_reads_a_saelens_folder(model_folder, corpus, tmp_path):

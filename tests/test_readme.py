@@ -38,6 +38,22 @@ def test_a_module_loads_only_what_it_needs(module, never):
     assert told.stdout == "[]\n", told.stdout + told.stderr
 
 
+def test_bounds_and_what_is_never_reached_are_said_so(tmp_path):
+    rows = [dict(k=8, over="no table", metric="nmse", value=6.7, low=6.7, high=6.7, bound=True),
+            dict(k=8, over="no table", metric="ce_added", value=3.0, low=2.0, high=4.0, bound=False),
+            dict(k=8, over="bigrams", metric="nmse", value=1.0, low=1.0, high=1.0, bound=False)]
+    probes = [dict(arm="with table", k=8, input="features", columns=columns, value=0.7, low=0.6, high=0.8) for columns in (1, 5)]
+    for preset in ("embedded-long", "smollm2-long"):
+        store.write_table(tmp_path / preset / "length_speedups.csv", pd.DataFrame(rows))
+        store.write_table(tmp_path / preset / "label_probes.csv", pd.DataFrame(probes))
+    lines = readme.faster(tmp_path).splitlines()
+    assert lines[0] == "| model | k | rival | nmse | ce_added |" and len(lines) == 6
+    assert lines[2] == "| embedded | 8 | no table | at least 6.7 | 3.0 [2.0, 4.0] |"
+    assert lines[3].startswith("| embedded | 8 | bigrams | not reached")
+    assert readme.labels(tmp_path).splitlines()[2] == (
+        "| embedded | 8 | with table | features | 0.700 [0.600, 0.800] | 0.700 [0.600, 0.800] |")
+
+
 DOES = {  # what a baseline adds, and whether it learns
     "tokens": ("one row a token: the table of the paper", "yes"), "frozen": ("the token's mean", "no"),
     "grams": ("rows of tokens, and of the n-grams that pay for one", "yes"),

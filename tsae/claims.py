@@ -84,7 +84,7 @@ def verdict(claim, value: float | None, low: float | None, high: float | None,
     """
     if value is None or low is not None and pd.isna(low) and not bound:
         return UNTESTED
-    if low is None or bound:
+    if low is None or bound and pd.isna(low):
         low = high = value
     if bound and (claim.better == "under" or low <= claim.bar):
         return UNTESTED

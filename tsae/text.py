@@ -81,12 +81,13 @@ def docstrings(packages: Iterable[str] = PACKAGES, fresh_share: float = 0.5) -> 
     cached = store.CACHE / f"docstrings-{key}.json"
     if cached.is_file() and "files" in (there := store.read_json(cached)):
         return dict(zip(there["documents"], there["files"]))
-    named = {path: f"{name}/{path.relative_to(_folder(name)).as_posix()}"
-             for name in versions for path in _sources(name)}
+    folders = {name: _folder(name) for name in versions}
+    named = {path: f"{name}/{path.relative_to(folder).as_posix()}"
+             for name, folder in folders.items() for path in _sources(name)}
     read = _read_each(list(named))
     found = tqdm(read, "reading docstrings", len(named), unit="file", leave=False)
     file_of: dict[str, str] = {}  # the first that has the text
-    for file, texts in zip(named.values(), found):
+    for texts, file in zip(found, named.values()):
         for text in texts:
             file_of.setdefault(text, file)
     documents = _by_hash(_without_repetition(file_of, fresh_share))
@@ -198,13 +199,13 @@ def labels(corpus: str, rows: torch.Tensor, tokenizer,
     """What the text itself tells of the documents in `rows` (N, context), held out by `tokens`.
 
     Returns the document of every place, (N, context) int64, and each document's labels: of a
-    docstring kind, package, section (the package's part); of an annual message kind, century,
-    author (presidents of one surname are one). Raises ValueError where the rows are others.
+    docstring kind, package, section (the package's part); of an annual message kind, century (as
+    "1800s"), author (presidents of one surname are one). Raises ValueError for other rows.
     """
     if not labelled(corpus):
         raise ValueError(f"nothing is known of the documents of {corpus!r}: labels are known of "
                          "docstrings and sotu")
-    known = {text: labels for part in _parts(corpus) for text, labels in _labelled(part).items()}
+    known = {text: its for part in _parts(corpus) for text, its in _labelled(part).items()}
     bos, wanted, found, which, stream = bos_id(tokenizer), rows[:, 1:].numel(), [], [], []
     for text in filter(str.strip, documents(corpus)):
         if len(stream) >= wanted:
@@ -234,7 +235,7 @@ def _labelled(part: str) -> dict[str, dict[str, str]]:
                 for text, file in docstrings().items()}
     if part == SOTU:
         named = ((text, file.split("-")) for text, file in _speeches("text"))
-        return {text: dict(kind=part, century=f"{int(year[:2]) + 1}th century", author=author)
+        return {text: dict(kind=part, century=f"{year[:2]}00s", author=author)
                 for text, (year, author, *_) in named}
     return {}
 

@@ -1,16 +1,20 @@
 """Sparse probing of labels that a text gives free: its package, section, century, author.
 
-The unit is a document: its positions' codes are averaged. Probes are fitted on one text and scored
-on another. Beside an SAE's features stand tokens: how often each occurs in a document. A tokenized
-SAE's dictionary is both, as a row of the table is one more unit.
+The unit is a document: its positions' codes are averaged. Probes are fitted on some documents and
+scored on others; those may come from the same file. Beside an SAE's features stand tokens: how
+often each occurs in a document. A tokenized SAE's dictionary is both, as a row of the table is one
+more unit.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
 from scipy.sparse import csc_array, csr_array
 from scipy.stats import rankdata
 from sklearn.linear_model import LogisticRegression
+
+from tsae.evaluate import interval
 
 
 def pooled(codes: csc_array, document: np.ndarray, of: np.ndarray) -> np.ndarray:
@@ -38,11 +42,15 @@ def flags(labels: Sequence[dict[str, str]], fit: np.ndarray, test: np.ndarray,
     """The labels that can be probed: (name, flag of the fit documents (D,), of the test ones).
 
     A flag is 1 where a document has the value, 0 where it has another of the same kind, nan where
-    it has none. Both values have `least` documents or more on either side.
+    it has none; `least` documents or more have 1, and as many 0, on either side. Of a kind with two
+    values only one is taken: the other's flag is its opposite.
     """
     found = []
     of_kind = sorted({(kind, value) for one in labels for kind, value in one.items()})
+    values = Counter(kind for kind, _ in of_kind)
     for kind, value in of_kind:
+        if values[kind] == 2 and found and found[-1][0].startswith(f"{kind}: "):
+            continue
         each = [np.array([np.nan if kind not in labels[i] else labels[i][kind] == value
                           for i in side], float) for side in (fit, test)]
         if all((flag == want).sum() >= least for flag in each for want in (0, 1)):
@@ -101,17 +109,34 @@ def auc(guess: np.ndarray, flag: np.ndarray) -> float:
     return above / (some * (len(positive) - some))
 
 
-def mean_auc(guesses: np.ndarray, flags: np.ndarray, draws: int = 300, seed: int = 0) -> np.ndarray:
-    """Mean AUC over seeds and labels of guesses (S, L, D): (1 + draws,), first as it is.
+def mean_auc(guesses: np.ndarray, flags: np.ndarray, names: Sequence[str],
+             over: np.ndarray | None = None, draws: int = 300) -> tuple[float, float, float]:
+    """(value, low, high) of the mean AUC of guesses (S, L, D) over seeds and labels.
 
-    The others have seeds and documents drawn anew: the same ones for every call with these numbers
-    of both. flags (L, D) as in `flags`.
+    flags (L, D) and names "kind: value" as in `flags`; kinds count alike, however many values they
+    have. With `over`, guesses of the same shape, how much higher the mean is than theirs. Seeds and
+    test documents are drawn anew; as in `evaluate.resampled` an interval is not narrower than
+    Student's t over seeds, and one seed has none.
     """
+    kinds = [name.partition(":")[0] for name in names]
+    weights = np.array([1 / kinds.count(kind) for kind in kinds])
+
+    def mean(of: np.ndarray) -> np.ndarray:
+        """(S,) for each seed, on the documents `of`."""
+        scores = [[[auc(row[of], flag[of]) for row, flag in zip(one, flags)] for one in side]
+                  for side in ((guesses,) if over is None else (guesses, over))]
+        scores = np.array(scores[0] if over is None else np.subtract(*scores))
+        known = ~np.isnan(scores)
+        return np.nansum(weights * scores, axis=1) / (weights * known).sum(axis=1)
+
     seeds, _, documents = guesses.shape
-    generator, each = np.random.default_rng(seed), []
-    drawn = [(generator.integers(seeds, size=seeds), generator.integers(documents, size=documents))
-             for _ in range(draws)]
-    for picked, of in [(np.arange(seeds), np.arange(documents)), *drawn]:
-        every = [auc(row[of], flag[of]) for i in picked for row, flag in zip(guesses[i], flags)]
-        each.append(np.nanmean(every))
-    return np.array(each)
+    each = mean(np.arange(documents))
+    value, least, most = interval(each)
+    if seeds < 2:
+        return value, float("nan"), float("nan")
+    generator = np.random.default_rng(0)
+    of_documents = generator.integers(documents, size=(draws, documents))
+    of_seeds = generator.integers(seeds, size=(draws, seeds))
+    drawn = [mean(of)[picked] for of, picked in zip(of_documents, of_seeds)]
+    low, high = np.quantile(np.mean(drawn, axis=1), [0.025, 0.975])
+    return value, min(low, least), max(high, most)
