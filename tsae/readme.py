@@ -182,11 +182,17 @@ def lengths(results: Path) -> str:
     return "\n\n".join(parts)
 
 
+def _first(results: Path, model: str, name: str) -> pd.DataFrame:
+    """A table of the first preset of a model that has it. FileNotFoundError where none has."""
+    paths = [results / preset / f"{name}.csv" for preset in MODELS[model]]
+    return store.read_table(next(filter(Path.is_file, paths), paths[0]))
+
+
 def faster(results: Path) -> str:
     """How many times fewer tokens the table needs to a rival's error, on both models."""
     rows = {}
-    for model, (preset, *_) in MODELS.items():
-        for _, row in store.read_table(results / preset / "length_speedups.csv").iterrows():
+    for model in MODELS:
+        for _, row in _first(results, model, "length_speedups").iterrows():
             ours = f"at least {row['value']:.1f}" if row["bound"] else with_interval(row, "{:.1f}")
             key = dict(model=model, k=row["k"], rival=row["over"])
             rows.setdefault(tuple(key.values()), key)[row["metric"]] = (
@@ -196,11 +202,13 @@ def faster(results: Path) -> str:
 
 def labels(results: Path) -> str:
     """Mean AUC of labels that the text gives, read from few columns, on both models."""
+    tables = {model: _first(results, model, "label_probes") for model in MODELS}
+    columns = sorted({each for table in tables.values() for each in table["columns"]})
     rows = []
-    for model, (preset, *_) in MODELS.items():
-        table = store.read_table(results / preset / "label_probes.csv")
+    for model, table in tables.items():
         for (k, source, arm), group in table.groupby(["k", "input", "arm"], sort=False):
             row = dict(model=model, k=k or "", arm=arm, columns=source)
+            row |= {f"{count} of them": "" for count in columns}
             rows.append(row | {f"{each['columns']} of them": with_interval(each)
                                for _, each in group.iterrows()})
     return markdown(rows)
