@@ -42,7 +42,8 @@ def test_bounds_and_what_is_never_reached_are_said_so(tmp_path):
     rows = [dict(k=8, over="no table", metric="nmse", value=6.7, low=6.7, high=6.7, bound=True),
             dict(k=8, over="no table", metric="ce_added", value=3.0, low=2.0, high=4.0, bound=False),
             dict(k=8, over="bigrams", metric="nmse", value=1.0, low=1.0, high=1.0, bound=False)]
-    probes = [dict(arm="with table", k=8, input="features", columns=columns, value=0.7, low=0.6, high=0.8) for columns in (1, 5)]
+    probes = [dict(arm="with table", k=8, input="features", columns=columns, value=0.7, low=0.6, high=0.8)
+              for columns in (1, 5)]
     for preset in ("embedded-long", "smollm2-long"):
         store.write_table(tmp_path / preset / "length_speedups.csv", pd.DataFrame(rows))
         store.write_table(tmp_path / preset / "label_probes.csv", pd.DataFrame(probes))
