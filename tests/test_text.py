@@ -440,13 +440,13 @@ def test_documents_made_of_lines_seen_before_are_left_out(tmp_path, monkeypatch)
 
 
 def test_docstrings_of_an_installed_package_are_kept(monkeypatch):
-    found = text.docstrings(["nnsight"])
+    found = list(text.docstrings(["nnsight"]))
     assert len(found) == len(set(found)) > 100 and min(map(len, found)) >= 100
     sources = {d for file in text._folder("nnsight").rglob("*.py") for d in text._docstrings_of(str(file))}
     assert set(found) <= sources and len(found) > 0.5 * len(sources)
     assert found == sorted(found, key=lambda document: hashlib.sha256(document.encode()).hexdigest())
     monkeypatch.setattr(text, "_folder", lambda name: pytest.fail("read again"))
-    assert text.docstrings(["nnsight"]) == found
+    assert list(text.docstrings(["nnsight"])) == found
     monkeypatch.undo()
     with pytest.raises(ModuleNotFoundError, match="no_such_package.*pip install"):
         text.docstrings(["no_such_package"])
@@ -476,11 +476,11 @@ def test_a_plain_script_gets_docstrings_where_processes_are_spawned(tmp_path):
 
 
 def test_docstrings_are_the_same_without_processes(tmp_path, monkeypatch):
-    found = text.docstrings(["nnsight"])
+    found = list(text.docstrings(["nnsight"]))
     monkeypatch.setattr(store, "CACHE", tmp_path / "other")
     monkeypatch.setattr(text, "ProcessPoolExecutor", lambda *a, **k: pytest.fail("a process"))
     monkeypatch.setattr(sys, "platform", "darwin")
-    assert text.docstrings(["nnsight"]) == found
+    assert list(text.docstrings(["nnsight"])) == found
 
 
 def test_what_only_some_versions_of_python_read_is_left_out(tmp_path, monkeypatch):
