@@ -8,6 +8,7 @@ import stat
 import subprocess
 import sys
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -151,10 +152,11 @@ def test_a_row_is_made_once_for_its_inputs_and_versions(tmp_path, monkeypatch):
 
     def row() -> dict:
         made.append(1)
-        return dict(a=len(made), b=float("nan"))
+        return dict(a=len(made), b=float("nan"), each=np.array([0.1, 1 / 3]), rows=np.arange(2))
 
     first, again = (store.once(tmp_path, row, sae="x", rows=3) for _ in range(2))
     assert first["a"] == again["a"] == 1 and len(made) == 1
+    assert again["each"] == [0.1, 1 / 3] and again["rows"] == [0, 1], "to the last bit"
     assert store.once(tmp_path, row, sae="y", rows=3)["a"] == 2
     monkeypatch.setattr(store, "versions", lambda: {"evaluate.py": "99"})
     assert store.once(tmp_path, row, sae="x", rows=3)["a"] == 3, "other code, another row"

@@ -141,14 +141,15 @@ def versions() -> dict[str, str]:
     return {path.relative_to(source).as_posix(): match[1] for path, match in found.items() if match}
 
 
-def once(folder: Path, make: Callable[[], dict], **inputs: object) -> dict[str, float]:
-    """A row of numbers that takes long to make: made once for these inputs and all `versions`.
+def once(folder: Path, make: Callable[[], dict], **inputs: object) -> dict:
+    """Numbers, or lists of them, that take long to make: made once for these inputs and `versions`.
 
-    It is kept in `folder`, so that a loop over many goes on where it was stopped.
+    They are kept in `folder`, so that a loop over many goes on where it was stopped.
     """
     path = folder / f"{key(**inputs, versions=versions())}.json"
     if not path.is_file():
-        write_json(path, {name: float(value) for name, value in make().items()})
+        made = make().items()
+        write_json(path, {name: np.asarray(value, dtype=float).tolist() for name, value in made})
     return read_json(path)
 
 
