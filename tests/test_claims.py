@@ -64,6 +64,13 @@ def test_a_claim_finds_its_row_or_says_that_there_is_none(tmp_path):
         assert held(tmp_path, **missing)["verdict"] == "not testable here"
 
 
+def test_a_measured_row_is_taken_rather_than_a_bound(tmp_path):
+    rows = [dict(arm="a", value=value, low=value - 0.1, high=value + 0.1, bound=bound)
+            for value, bound in ((0.2, True), (0.5, False), (0.7, False))]
+    assert held(table_of(tmp_path, rows), take="lowest")["ours"] == "0.5 [0.4, 0.6]"
+    assert held(table_of(tmp_path, rows[:1]), take="lowest")["ours"] == "at least 0.2"
+
+
 def test_a_criterion_that_is_newer_than_its_table_is_marked(tmp_path):
     rows = [dict(arm="a", value=0.5, low=0.4, high=0.6)]
     assert not held(table_of(tmp_path, rows))["post_hoc"]

@@ -70,6 +70,8 @@ def _measured(claim, folder: Path) -> dict:
     if claim.take == "only" and len(found) > 1:
         raise ValueError(f"claim {claim.id}: {len(found)} rows of {path} are as {claim.where!r} "
                          "says, one was expected")
+    if "bound" in found and not found["bound"].all():
+        found = found[~found["bound"].astype(bool)]  # a bound has no size
     row = found.sort_values(claim.column, ascending=claim.take != "highest").iloc[0].to_dict()
     return {name: row[name] for name in ("low", "high", "bound") if name in row} | dict(
         value=float(row[claim.column]))

@@ -147,7 +147,9 @@ def evidence(results: Path) -> str:
                "criterion": claims.criterion(line)}
         for model in MODELS:
             its = found[model, line.id]
-            mark = ", post hoc" if its["post_hoc"] else ""
+            between = pd.notna(its["low"]) and its["low"] <= line.bar <= its["high"]
+            mark = ", not resolved" if between else ""
+            mark += ", post hoc" if its["post_hoc"] else ""
             row[model] = f"{its['ours']} **{its['verdict']}**{mark}".strip()
         rows.append(row)
     return markdown(rows)
