@@ -219,5 +219,6 @@ def test_the_snippets_of_the_readme_run_as_they_stand(tmp_path, monkeypatch):
     first, second = {}, {}
     exec(compile(blocks[0], "README.md", "exec"), first)
     exec(compile(blocks[1], "data/results/README.md", "exec"), second)
+    assert store.find("my-saes", lookup="learned", k=8).resolve().is_relative_to(tmp_path)
     assert (tmp_path / "my-sae").is_dir() and first["sae"].lookup == "learned" and first["codes"].any()
     assert second["known"].config["rows"][0] > 0 and second["sae"].lookup == "grams" and len(second["history"])
