@@ -40,9 +40,9 @@ def test_a_bound_says_nothing_of_what_may_lie_below_it():
     assert claims.verdict(claim(better="under"), 0.0, 0.0, 0.0, bound=True) == "not testable here"
 
 
-def table_of(tmp_path, rows: list[dict], made: str = "2026-01-03T10:00"):
+def table_of(tmp_path, rows: list[dict], made: str = "2026-01-03T10:00", **parameters):
     store.write_table(tmp_path / "t.csv", pd.DataFrame(rows))
-    store.write_json(tmp_path / "manifest.json", {"t.csv": dict(made=made)})
+    store.write_json(tmp_path / "manifest.json", {"t.csv": dict(made=made, parameters=parameters)})
     return tmp_path
 
 
@@ -62,6 +62,14 @@ def test_a_claim_finds_its_row_or_says_that_there_is_none(tmp_path):
         held(tmp_path)
     for missing in (dict(where="arm=c"), dict(where="k=8"), dict(table="u")):
         assert held(tmp_path, **missing)["verdict"] == "not testable here"
+
+
+def test_of_two_layers_the_main_one_decides(tmp_path):
+    rows = [dict(arm="a", layer=layer, value=value, low=value - 0.1, high=value + 0.1) for layer, value in ((1, 0.3), (3, 0.5))]
+    assert held(table_of(tmp_path, rows, layer=3))["value"] == 0.5
+    assert held(tmp_path, take="lowest")["value"] == 0.3, "over all layers"
+    with pytest.raises(ValueError, match="2 rows of .*, one was expected"):
+        held(table_of(tmp_path, rows + rows, layer=3))
 
 
 def test_a_measured_row_is_taken_rather_than_a_bound(tmp_path):

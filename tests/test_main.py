@@ -15,7 +15,7 @@ import torch
 from conftest import byte_tokenizer, tiny_network
 
 from tsae import __main__ as command
-from tsae import execute, fetch, interop, notebook, store
+from tsae import claims, execute, fetch, interop, notebook, store
 from tsae.sae import SAE
 
 SMALL = dict(context=32, n_features=64, k=4, ks="[2,4]", ks_sparser="[1]", ks_batchtopk="[4]", relu_sparsity="[1.0]",
@@ -70,16 +70,19 @@ def test_the_tour_runs_on_any_model(model_folder, corpus, tmp_path, capsys):
 
 
 def test_arms_are_compared_over_training_length(model_folder, corpus, tmp_path):
-    sizes = SMALL | dict(main_ks="[2,4]", lengths="[2000,6000]", rates="[0.001,0.003]", bigram_rows=20)
+    sizes = SMALL | dict(main_ks="[4,8]", lengths="[2000,6000]", rates="[0.001,0.003]", bigram_rows=20, second_layer=1)
     run("embedded", tmp_path / "run", "10", model=model_folder("llama"), corpus=corpus, **sizes)
     gains = store.read_table(tmp_path / "run/tables/gains.csv")
-    main = gains[(gains["arm"] == "with table") & (gains["metric"] == "nmse")]
+    assert set(gains["layer"]) == {1, 2} and set(gains.loc[gains["layer"] == 1, "runs"]) == {1}
+    evidence = claims.held(claims.read(), tmp_path / "run/tables").set_index("id")
+    assert evidence.loc["6f", "verdict"] != "not testable here", "of the main layer"
+    main = gains[(gains["arm"] == "with table") & (gains["metric"] == "nmse") & (gains["layer"] == 2)]
     assert set(main["over"]) > {"without table", "frozen token mean", "bigrams"} and set(main["tokens"]) == {2000, 6000}
     assert (main["low"] <= main["value"]).all() and (main["value"] <= main["high"]).all()
     runs = store.read_table(tmp_path / "run/tables/length_runs.csv").groupby("arm")["parameters"].first()
     assert runs["no table, as many parameters"] == pytest.approx(runs["with table"], rel=0.03)  # and biases
     tried = store.read_table(tmp_path / "run/tables/length_rates.csv")
-    assert len(tried) == 12 * 2 * 2, "every arm is tuned over the same grid"
+    assert len(tried) == 13 * 2 * 2, "every arm is tuned over the same grid"
 
 
 def test_res_jb_reads_a_saelens_folder(model_folder, corpus, tmp_path):

@@ -39,9 +39,10 @@ def held(claims: pd.DataFrame, folder: Path) -> pd.DataFrame:
 
 
 def _judged(claim, folder: Path, made: dict[str, dict]) -> dict:
-    row = _measured(claim, folder)
+    about = made.get(f"{claim.table}.csv", {})
+    row = _measured(claim, folder, about.get("parameters", {}))
     value, low, high, bound = (row.get(name) for name in ("value", "low", "high", "bound"))
-    on = made.get(f"{claim.table}.csv", {}).get("made", "")
+    on = about.get("made", "")
     return dict(id=claim.id, claim=claim.claim, paper=claim.published, ours=_words(row),
                 value=value, low=low, high=high,
                 verdict=verdict(claim, value, low, high, bool(bound)),
@@ -49,10 +50,11 @@ def _judged(claim, folder: Path, made: dict[str, dict]) -> dict:
                 post_hoc=bool(row) and (bool(claim.post_hoc) or on < claim.date))
 
 
-def _measured(claim, folder: Path) -> dict:
+def _measured(claim, folder: Path, parameters: dict) -> dict:
     """value, low, high, bound of the row that a claim is about; {} where there is none.
 
-    Raises ValueError where several rows are as `where` says, and one was expected.
+    Of several rows as `where` says it is that of the layer among the table's `parameters`. Raises
+    ValueError where there are several still, and one was expected.
     """
     path = folder / f"{claim.table}.csv"
     found = store.read_table(path) if path.is_file() else pd.DataFrame()
@@ -67,6 +69,8 @@ def _measured(claim, folder: Path) -> dict:
     found = found.dropna(subset=[claim.column]) if claim.column in found else found[:0]
     if found.empty:
         return {}
+    if claim.take == "only" and len(found) > 1 and "layer" in found:
+        found = found[found["layer"] == parameters.get("layer")]
     if claim.take == "only" and len(found) > 1:
         raise ValueError(f"claim {claim.id}: {len(found)} rows of {path} are as {claim.where!r} "
                          "says, one was expected")

@@ -19,8 +19,9 @@ def markdown(rows: list[dict]) -> str:
 
 
 def with_interval(row: pd.Series, form: str = "{:.3f}") -> str:
-    """A value with its interval: "value [low, high]"."""
-    return f"{form.format(row['value'])} [{form.format(row['low'])}, {form.format(row['high'])}]"
+    """A value with its interval: "value [low, high]"; alone where it has none (one seed)."""
+    interval = f" [{form.format(row['low'])}, {form.format(row['high'])}]"
+    return form.format(row["value"]) + interval * pd.notna(row["low"])
 
 
 def sweep(results: Path) -> str:
@@ -168,19 +169,19 @@ def rows(results: Path) -> str:
 
 
 def lengths(results: Path) -> str:
-    """The gains of the learned table over its rivals, over training tokens, on both models."""
-    form = "{model}, {n_features} features, {seeds} seeds: how much lower with the table.\n\n"
+    """The gains of the learned table over its rivals, over training tokens: models and texts."""
+    form = "{model}, {corpus}, {n_features} features, {seeds} seeds: how much lower with the table."
     parts = []
-    for preset in ("embedded-long", "embedded", "smollm2-long", "smollm2-recipes"):
-        path = results / preset / "gains.csv"
-        model = preset.split("-")[0]
-        if not path.is_file() or any(part.startswith(model) for part in parts):
+    for presets in (("embedded-long", "embedded"), ("smollm2-long",), ("smollm2-sotu",)):
+        paths = (results / preset / "gains.csv" for preset in presets)
+        path = next(filter(Path.is_file, paths), None)
+        if path is None:
             continue
         about = store.read_json(path.parent / "manifest.json")["gains.csv"]["parameters"]
         table = store.read_table(path).query("arm == @WITH and metric in ['nmse', 'ce_added']")
         metrics = dict(nmse="{:.0%}", ce_added="{:.0%}")
         wide = _wide(table, ["k", "layer", "tokens", "over"], metrics)
-        parts.append(form.format(**about | dict(seeds=len(about["seeds"]))) + wide)
+        parts.append(f"{form.format(**about | dict(seeds=len(about['seeds'])))}\n\n{wide}")
     return "\n\n".join(parts)
 
 
@@ -256,7 +257,7 @@ def engine(results: Path) -> str:
 
 # Whose tables are shown, and on which page.
 PRESETS = ("embedded", "embedded-long", "embedded-fronts", "embedded-nulls", "smollm2",
-           "smollm2-long", "smollm2-recipes", "smollm2-silent", "smollm2-beyond")
+           "smollm2-long", "smollm2-sotu", "smollm2-recipes", "smollm2-silent", "smollm2-beyond")
 PAGES = {"README.md": dict(rows=rows),
          "data/results/README.md": dict(
              evidence=evidence, lengths=lengths, sweep=sweep, real=real, silent=silent,
