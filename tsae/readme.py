@@ -172,10 +172,9 @@ def lengths(results: Path) -> str:
     """The gains of the learned table over its rivals, over training tokens: models and texts."""
     form = "{model}, {corpus}, {n_features} features, {seeds} seeds: how much lower with the table."
     parts = []
-    for presets in (("embedded-long", "embedded"), ("smollm2-long",), ("smollm2-sotu",)):
-        paths = (results / preset / "gains.csv" for preset in presets)
-        path = next(filter(Path.is_file, paths), None)
-        if path is None:
+    for presets in (*MODELS.values(), ("smollm2-sotu",)):
+        path = _first(results, presets, "gains")
+        if not path.is_file():
             continue
         about = store.read_json(path.parent / "manifest.json")["gains.csv"]["parameters"]
         table = store.read_table(path).query("arm == @WITH and metric in ['nmse', 'ce_added']")
@@ -185,17 +184,18 @@ def lengths(results: Path) -> str:
     return "\n\n".join(parts)
 
 
-def _first(results: Path, model: str, name: str) -> pd.DataFrame:
-    """A table of the first preset of a model that has it. FileNotFoundError where none has."""
-    paths = [results / preset / f"{name}.csv" for preset in MODELS[model]]
-    return store.read_table(next(filter(Path.is_file, paths), paths[0]))
+def _first(results: Path, presets: tuple[str, ...], name: str) -> Path:
+    """The file of a table: of the first of the presets that has it, or of the first."""
+    paths = [results / preset / f"{name}.csv" for preset in presets]
+    return next(filter(Path.is_file, paths), paths[0])
 
 
 def faster(results: Path) -> str:
     """How many times fewer tokens the table needs to a rival's error, on both models."""
     rows = {}
-    for model in MODELS:
-        for _, row in _first(results, model, "length_speedups").iterrows():
+    for model, presets in MODELS.items():
+        table = store.read_table(_first(results, presets, "length_speedups"))
+        for _, row in table.iterrows():
             ours = f"at least {row['value']:.1f}" if row["bound"] else with_interval(row, "{:.1f}")
             key = dict(model=model, k=row["k"], rival=row["over"])
             rows.setdefault(tuple(key.values()), key)[row["metric"]] = (
@@ -205,7 +205,8 @@ def faster(results: Path) -> str:
 
 def labels(results: Path) -> str:
     """Mean AUC of labels that the text gives, read from few columns, on both models."""
-    tables = {model: _first(results, model, "label_probes") for model in MODELS}
+    tables = {model: store.read_table(_first(results, presets, "label_probes"))
+              for model, presets in MODELS.items()}
     columns = sorted({each for table in tables.values() for each in table["columns"]})
     rows = []
     for model, table in tables.items():
